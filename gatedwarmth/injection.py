@@ -1,0 +1,149 @@
+"""Put GatedLinear in the place of a base's target modules, and take it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gatedwarmth.adapters import Adapter, LoraWeights
+from gatedwarmth.errors import AdapterError
+from gatedwarmth.gates import GatesInForce
+from gatedwarmth.layers import GatedLinear, Siblings
+
+# Modules of one parent that read the same tensor, in the order in which transformers calls them.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("w1", "w3"),
+)
+
+
+@dataclass
+class Injection:
+    """The gated layers of one base: module path → GatedLinear, and what they replaced."""
+
+    layers: dict[str, GatedLinear]
+    in_force: GatesInForce
+
+    def remove(self, base: nn.Module) -> None:
+        """Put every original module back, with weight storage of its own."""
+        for path, layer in self.layers.items():
+            layer.siblings.split()
+            _set_module(base, path, layer.base)
+        self.layers = {}
+
+    def forget(self) -> None:
+        """Drop what siblings hold for one another after a pass."""
+        for layer in self.layers.values():
+            layer.siblings.forget()
+
+    def adapter(self, trait: int, config: dict[str, object]) -> Adapter:
+        """The weights of one trait as they are now."""
+        weights: dict[str, LoraWeights] = {}
+        for path, layer in self.layers.items():
+            if layer.ranks[trait]:
+                a = layer.a.detach().split(layer.ranks)[trait]
+                b = layer.b.detach().split(layer.ranks, dim=1)[trait]
+                weights[path] = LoraWeights(a, b, layer.scalings[trait])
+        return Adapter(weights, dict(config))
+
+
+def inject(base: nn.Module, adapters: Mapping[str, Adapter]) -> Injection:
+    """Replace the modules that the adapters name. Checks everything before it changes anything.
+
+    Raises
+    ------
+    AdapterError: a target module that this base lacks, of another size, or of a kind that has no linear output.
+    """
+    paths = _paths_in_model_order(base, adapters)
+    for name, adapter in adapters.items():
+        _check(base, name, adapter)
+    in_force = GatesInForce()
+    layers = {path: _gated(base.get_submodule(path), path, list(adapters.values()), in_force) for path in paths}
+    for path, layer in layers.items():
+        _set_module(base, path, layer)
+    _group(layers)
+    return Injection(layers, in_force)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a module that a LoRA can stand beside, None for any other.
+
+    Quantised linears (torchao, bitsandbytes) are subclasses of nn.Linear or keep its in_features and out_features.
+    """
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return None
+
+
+def _check(base: nn.Module, name: str, adapter: Adapter) -> None:
+    modules = dict(base.named_modules())
+    missing = [path for path in adapter.layers if path not in modules]
+    if missing:
+        raise AdapterError(
+            f"adapter {name!r} targets {missing[0]!r} ({len(missing)} of its {len(adapter.layers)} modules are not in "
+            f"this {type(base).__name__}); it was trained on {adapter.base_name or 'another base'}: load that base"
+        )
+    for path, layer in adapter.layers.items():
+        shape = linear_shape(modules[path])
+        if shape is None:
+            raise AdapterError(
+                f"adapter {name!r} targets {path!r}, a {type(modules[path]).__name__}; only linear layers can be gated"
+            )
+        if shape != (layer.a.shape[1], layer.b.shape[0]):
+            raise AdapterError(
+                f"adapter {name!r}: {path!r} maps {layer.a.shape[1]} to {layer.b.shape[0]} features, this base's "
+                f"{shape[0]} to {shape[1]}; it was trained on {adapter.base_name or 'another base'}: load that base"
+            )
+
+
+def _paths_in_model_order(base: nn.Module, adapters: Mapping[str, Adapter]) -> list[str]:
+    wanted = {path for adapter in adapters.values() for path in adapter.layers}
+    return [path for path, _ in base.named_modules() if path in wanted]
+
+
+def _gated(module: nn.Module, path: str, adapters: list[Adapter], in_force: GatesInForce) -> GatedLinear:
+    n_in, n_out = linear_shape(module) or (0, 0)
+    device, dtype = _placement(module)
+    parts = [adapter.layers.get(path) or _nothing(n_in, n_out) for adapter in adapters]
+    a = torch.cat([part.a.to(device, dtype) for part in parts])
+    b = torch.cat([part.b.to(device, dtype) for part in parts], dim=1)
+    ranks = tuple(part.rank for part in parts)
+    return GatedLinear(module, a, b, ranks, tuple(part.scaling for part in parts), in_force)
+
+
+def _placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Adapters live where the base weight lives, in its dtype; beside a quantised weight in float32."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    return weight.device, weight.dtype if plain else torch.float32
+
+
+def _nothing(n_in: int, n_out: int) -> LoraWeights:
+    return LoraWeights(torch.zeros(0, n_in), torch.zeros(n_out, 0), 1.0)
+
+
+def _group(layers: dict[str, GatedLinear]) -> None:
+    """Siblings are linked when they share a parent, an input width, scalings and a place."""
+    for path, layer in layers.items():
+        parent, _, name = path.rpartition(".")
+        family = next((names for names in SIBLINGS if names[0] == name), ())
+        members = [layers[f"{parent}.{n}"] for n in family if f"{parent}.{n}" in layers]
+        alike = {(m.in_features, m.scalings, m.a.dtype, m.a.device) for m in members}
+        if len(members) > 1 and len(alike) == 1:
+            shared = Siblings(members)
+            for member in members:
+                member.siblings = shared
+
+
+def _set_module(base: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    base.get_submodule(parent).register_module(name, module)

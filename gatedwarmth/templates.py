@@ -1,0 +1,96 @@
+"""From messages to token ids, and where in them the reply and the last user turn begin."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gatedwarmth.data import Message
+from gatedwarmth.errors import ConversationError
+
+log = logging.getLogger("gatedwarmth")
+ROLES = ("system", "user", "assistant")
+# For bases without a chat template of their own (GPT-2 and other pretrained models).
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a conversation with the assistant header at its end.
+
+    turn_start: index of the first token that belongs to the last user turn (its header included).
+    response_start: index of the first token of the assistant header; len(ids) where the template has none.
+    """
+
+    ids: list[int]
+    turn_start: int
+    response_start: int
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], header: bool = True) -> list[int]:
+    """Token ids of `messages` in the base's chat template; with `header`, ready for the assistant to speak."""
+    template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+    ids: Any = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=header, tokenize=True, return_dict=False, chat_template=template
+    )
+    return [int(i) for i in ids]
+
+
+def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Prompt:
+    """Render a conversation that ends with a user turn.
+
+    Raises
+    ------
+    ConversationError: no messages, an unknown role, an empty turn, or a last message that is not the user's.
+    """
+    check_messages(messages)
+    ids = render(tokenizer, messages)
+    response = shared_prefix(ids, render(tokenizer, messages, header=False))
+    before = render(tokenizer, messages[:-1], header=False) if len(messages) > 1 else []
+    return Prompt(ids, min(shared_prefix(ids, before), response), response)
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise ConversationError("the conversation is empty; give at least one user message")
+    for index, message in enumerate(messages):
+        if message.get("role") not in ROLES:
+            raise ConversationError(f"message {index} has role {message.get('role')!r}; use one of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str) or not message["content"].strip():
+            raise ConversationError(f"message {index} ({message['role']}) is empty; every turn needs a text")
+    if messages[-1]["role"] != "user":
+        raise ConversationError(f"the last message is the {messages[-1]['role']}'s; a reply needs a user turn to answer")
+
+
+def shared_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """Length of the longest common prefix.
+
+    >>> shared_prefix([1, 2, 3], [1, 2, 4, 5])
+    2
+    """
+    length = 0
+    for a, b in zip(left, right):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids → input_ids, attention_mask, both int64 [batch, longest], padded on the left."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.tensor(row)
+        mask[index, longest - len(row) :] = 1
+    return ids, mask

@@ -1,0 +1,1 @@
+"""Benchmarks of the op, the model, training and the router."""

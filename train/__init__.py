@@ -1,0 +1,1 @@
+"""Training of adapters and routers, one runnable module each."""
