@@ -230,5 +230,9 @@ def _number(value: float) -> float | int:
 
 
 def _targets(adapter: Adapter) -> list[str]:
-    """Full paths: exact whatever the names are. PEFT matches a target by equality or as the end of a path."""
+    """The names that the adapter came with where they say just its layers, else every full path."""
+    named = adapter.config.get("target_modules")
+    plain = isinstance(named, list) and not adapter.config.get("layers_to_transform")
+    if plain and all(path.rpartition(".")[2] in named for path in adapter.layers):
+        return sorted(named)
     return sorted(adapter.layers)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -147,3 +148,51 @@ def _group(layers: dict[str, GatedLinear]) -> None:
 def _set_module(base: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     base.get_submodule(parent).register_module(name, module)
+
+
+def fresh_adapter(base: nn.Module, rank: int, alpha: float, targets: Sequence[str] = (), seed: int = 0) -> Adapter:
+    """A new adapter that acts as zero: lora_A random (Kaiming, as PEFT), lora_B zero, float32.
+
+    targets: ends of module names such as "q_proj"; empty means every linear layer inside the decoder layers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for path in target_paths(base, targets):
+        n_in, n_out = linear_shape(base.get_submodule(path)) or (0, 0)
+        bound = 1 / math.sqrt(n_in)  # kaiming_uniform with a = sqrt(5)
+        a = (torch.rand(rank, n_in, generator=generator) * 2 - 1) * bound
+        layers[path] = LoraWeights(a, torch.zeros(n_out, rank), alpha / rank)
+    names = sorted({path.rpartition(".")[2] for path in layers})
+    return Adapter(layers, {"target_modules": names, "task_type": "CAUSAL_LM"})
+
+
+def target_paths(base: nn.Module, targets: Sequence[str] = ()) -> list[str]:
+    """Paths of the linear layers that `targets` name, or of all inside the decoder layers.
+
+    Raises
+    ------
+    AdapterError: a target that no linear layer of this base has.
+    """
+    stack = decoder_layers(base)
+    prefix = next(path for path, module in base.named_modules() if module is stack) + "."
+    linear = [path for path, module in base.named_modules() if linear_shape(module)]
+    if not targets:
+        return [path for path in linear if path.startswith(prefix)]
+    for target in targets:
+        if not any(_ends_with(path, target) for path in linear):
+            names = sorted({path.rpartition(".")[2] for path in linear})
+            raise AdapterError(f"no linear layer of this base is called {target!r}; it has {', '.join(names)}")
+    return [path for path in linear if any(_ends_with(path, target) for target in targets)]
+
+
+def decoder_layers(base: nn.Module) -> nn.ModuleList:
+    """The base's stack of decoder layers: the first module list as long as the configuration says."""
+    count = base.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
+    for module in base.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise AdapterError(f"{type(base).__name__} has no list of {count} decoder layers; name the target modules yourself")
+
+
+def _ends_with(path: str, target: str) -> bool:
+    return path == target or path.endswith("." + target)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gatedwarmth.errors import RouterError
+from gatedwarmth.injection import decoder_layers
 from gatedwarmth.templates import Prompt, pad_left
 
 if TYPE_CHECKING:
@@ -65,15 +65,6 @@ class Prefill:
         finally:
             handle.remove()
         return output, seen[0]
-
-
-def decoder_layers(base: nn.Module) -> nn.ModuleList:
-    """The base's stack of decoder layers: the first module list as long as the configuration says."""
-    count = base.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
-    for module in base.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise RouterError(f"{type(base).__name__} has no list of {count} decoder layers that a probe could read; use a text router")
 
 
 def first_tensor(output: Any) -> Tensor:
