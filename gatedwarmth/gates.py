@@ -120,7 +120,9 @@ def gates_tensor(
     shapes = [[batch, len(traits)]] + ([[batch, tokens, len(traits)]] if tokens is not None else [])
     if list(gates.shape) not in shapes:
         wanted = " or ".join(str(shape) for shape in shapes)
-        raise GateError(f"gates must be [batch, traits] or [batch, tokens, traits], here {wanted}; found {list(gates.shape)}")
+        raise GateError(
+            f"gates must be [batch, traits] or [batch, tokens, traits], here {wanted}; found {list(gates.shape)}"
+        )
     gates = gates.float()
     bad = ~((gates >= 0) & (gates <= 1))
     if bad.any():

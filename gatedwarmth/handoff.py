@@ -21,13 +21,20 @@ class HandoffWatch(LogitsProcessor):
     def __init__(
         self, schedule: GateSchedule, policy: Policy, tokenizer: PreTrainedTokenizerBase, prompt_length: int
     ) -> None:
-        self.schedule, self.policy, self.tokenizer, self.prompt_length = schedule, policy, tokenizer, prompt_length
+        self.schedule, self.policy, self.tokenizer, self.prompt_length = (
+            schedule,
+            policy,
+            tokenizer,
+            prompt_length,
+        )
 
     def check(self, kwargs: dict[str, Any]) -> None:
         config = kwargs.get("generation_config")
         beams = kwargs.get("num_beams") or (config.num_beams if config is not None else 1) or 1
         if beams > 1 or kwargs.get("assistant_model") is not None:
-            raise GateError("a handoff follows one text as it grows; use it without beams and without an assistant model")
+            raise GateError(
+                "a handoff follows one text as it grows; use it without beams and without an assistant model"
+            )
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         generated = input_ids[:, self.prompt_length :]

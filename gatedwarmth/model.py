@@ -336,6 +336,18 @@ def decision_of(probabilities: Mapping[str, float], policy: Policy, router: str 
     return Decision(probabilities[first], gates, f"{shown} → {policy.kind}; {router}".rstrip("; "), dict(probabilities))
 
 
+def decide(router: str | Path | Router, messages: Sequence[Message], policy: str | Policy = "soft") -> Decision:
+    """A text router's decision without any base, as a serving engine or a web page needs it.
+
+    Raises
+    ------
+    RouterError: the router reads hidden states, so it needs the model.
+    """
+    made = load_router(router) if isinstance(router, (str, Path)) else router
+    row = made.probabilities([messages], None)[0]
+    return decision_of(dict(zip(made.traits, map(float, row), strict=True)), policy_from_name(policy), made.describe())
+
+
 def checked_router(router: Router | None, traits: Sequence[str]) -> Router | None:
     """The router, if the traits that it decides about are traits of the model."""
     unknown = [trait for trait in router.traits if trait not in traits] if router is not None else []
@@ -358,7 +370,9 @@ def _as_base(
     if isinstance(source, (str, Path)):
         return bases.load(source, dtype, device)
     if tokenizer is None:
-        raise GatedWarmthError("a loaded model needs its tokenizer too: pass tokenizer=AutoTokenizer.from_pretrained(...)")
+        raise GatedWarmthError(
+            "a loaded model needs its tokenizer too: pass tokenizer=AutoTokenizer.from_pretrained(...)"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     name = str(source.config._name_or_path or type(source).__name__)

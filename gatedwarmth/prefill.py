@@ -46,7 +46,9 @@ class Prefill:
         starts = {self.column(row, prompt.response_start) for row, prompt in enumerate(self.prompts)}
         end = min(starts)
         if len(starts) > 1:
-            raise RouterError("the assistant header differs in length between rows; route these conversations one by one")
+            raise RouterError(
+                "the assistant header differs in length between rows; route these conversations one by one"
+            )
         output, state = self._run(layer, end)
         if self.model.scope == "response" and end < self.length:
             self.cache = output.cache
@@ -60,7 +62,10 @@ class Prefill:
         handle = layers[layer - 1].register_forward_hook(lambda m, i, o: seen.append(first_tensor(o)[:, -1]))
         try:
             output = self.model(
-                input_ids=self.ids[:, :end], attention_mask=self.mask[:, :end], use_cache=True, logits_to_keep=1
+                input_ids=self.ids[:, :end],
+                attention_mask=self.mask[:, :end],
+                use_cache=True,
+                logits_to_keep=1,
             )
         finally:
             handle.remove()

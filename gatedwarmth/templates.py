@@ -68,7 +68,9 @@ def check_messages(messages: Sequence[Message]) -> None:
         if not isinstance(message.get("content"), str) or not message["content"].strip():
             raise ConversationError(f"message {index} ({message['role']}) is empty; every turn needs a text")
     if messages[-1]["role"] != "user":
-        raise ConversationError(f"the last message is the {messages[-1]['role']}'s; a reply needs a user turn to answer")
+        raise ConversationError(
+            f"the last message is the {messages[-1]['role']}'s; a reply needs a user turn to answer"
+        )
 
 
 def shared_prefix(left: Sequence[int], right: Sequence[int]) -> int:

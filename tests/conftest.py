@@ -25,5 +25,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("adapters")
     return {
         "warmth": peft_adapter(tiny_llama(), folder / "warm", 1, r=6, lora_alpha=12),
-        "neutral": peft_adapter(tiny_llama(), folder / "cool", 2, r=3, target_modules=["q_proj", "v_proj", "down_proj"]),
+        "neutral": peft_adapter(
+            tiny_llama(), folder / "cool", 2, r=3, target_modules=["q_proj", "v_proj", "down_proj"]
+        ),
     }

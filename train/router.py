@@ -57,7 +57,10 @@ class RouterReport:
         """For a reader, one fact a line."""
         m = self.metrics
         split = self.training["evaluated_on"]
-        lines = [f"{self.kind} router in {self.folder}" + (" (already there: same data and settings)" if self.skipped else "")]
+        lines = [
+            f"{self.kind} router in {self.folder}"
+            + (" (already there: same data and settings)" if self.skipped else "")
+        ]
         lines.append(
             f"{split}: balanced accuracy {m['balanced_accuracy']:.3f}, Brier {m['brier']:.3f}, ECE {m['ece']:.3f}, {m['turns']} turns"
         )
@@ -299,7 +302,14 @@ def _training(kind: str, base: str | Path | bases.Base | None, data: LabelledTur
     """What a finished folder must agree with to be kept."""
     name = "" if kind == "text" else base.name if isinstance(base, bases.Base) else str(base or bases.DEFAULT)
     settings = dataclasses.asdict(TextSettings()) if kind == "text" else {}
-    asked = {"kind": kind, "base": name, "seed": seed, "recipe": RECIPE, "settings": settings, "targets": data.targets.tolist()}
+    asked = {
+        "kind": kind,
+        "base": name,
+        "seed": seed,
+        "recipe": RECIPE,
+        "settings": settings,
+        "targets": data.targets.tolist(),
+    }
     digest = hashlib.sha256((json.dumps(asked) + data_hash(data.turns)).encode()).hexdigest()
     return {
         "settings_hash": digest, "turns": len(data.part("train").turns), "calibrated_on": "dev",

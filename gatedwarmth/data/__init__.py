@@ -261,7 +261,11 @@ def _pair(line: _Line) -> Pair:
         if not isinstance(reply, str) or not reply.strip():
             raise line.fail(f"reply {style!r} is empty")
     return Pair(
-        line.id(), line.text("kind", KINDS), line.text("domain"), line.messages("messages", "user"), dict(replies)
+        line.id(),
+        line.text("kind", KINDS),
+        line.text("domain"),
+        line.messages("messages", "user"),
+        dict(replies),
     )
 
 

@@ -55,7 +55,12 @@ def test_gates_zero_are_the_base_bitwise(model: GatedWarmthModel, ids: Tensor, g
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("gates", [{"warmth": 1.0}, {"neutral": 1.0}, {"warmth": 0.5, "neutral": 0.5}])
 def test_fixed_gates_are_peft(
-    model: GatedWarmthModel, adapters: dict[str, Path], ids: Tensor, gates: dict[str, float], grad: bool, repeats: int
+    model: GatedWarmthModel,
+    adapters: dict[str, Path],
+    ids: Tensor,
+    gates: dict[str, float],
+    grad: bool,
+    repeats: int,
 ) -> None:
     ids = ids.repeat(repeats, 1)
     expected = peft_logits(adapters, ids, gates)

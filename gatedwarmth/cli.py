@@ -1,0 +1,140 @@
+"""The console script `gatedwarmth`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from gatedwarmth.errors import GatedWarmthError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_show_locals=False)
+train_app = typer.Typer(no_args_is_help=True, help="Train adapters and routers.")
+app.add_typer(train_app, name="train")
+DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes; an interrupted run there goes on.")] = Path(
+        "runs/demo"
+    ),
+    full: Annotated[bool, typer.Option("--full", help="All data and the budget it takes, not ten minutes.")] = False,
+    base: Annotated[str, typer.Option(help="Hub name or folder of the base model.")] = DEFAULT_BASE,
+) -> None:
+    """Train a router and two adapters, compare the arms, write a report, show a conversation."""
+    from gatedwarmth.demo import run_demo
+
+    run_demo(out, full, base)
+
+
+@app.command()
+def route(
+    model: Annotated[Path, typer.Argument(help="A model folder, or a folder of a text router.")],
+    text: Annotated[str, typer.Argument(help="The user's turn.")],
+) -> None:
+    """Show what the router makes of one turn."""
+    from gatedwarmth import folders
+    from gatedwarmth.model import decide
+
+    folder = model / "router" if folders.is_model_folder(model) else model
+    policy = folders.read(model).policy if folders.is_model_folder(model) else "soft"
+    decision = decide(folder, [{"role": "user", "content": text}], policy)
+    Console().print(decision.why, highlight=False)
+    for trait, gate in decision.gates.items():
+        Console().print(f"{trait:>12} {gate:.3f}", highlight=False)
+
+
+@train_app.command("adapter")
+def train_adapter_command(
+    out: Annotated[Path, typer.Option(help="The adapter's PEFT folder.")],
+    style: Annotated[
+        str, typer.Option(help="Which reply of each pair: warm, neutral, validating, or your own.")
+    ] = "warm",
+    base: Annotated[str, typer.Option(help="Hub name or folder of the base model.")] = DEFAULT_BASE,
+    pairs: Annotated[
+        Path | None, typer.Option(help="A pairs file or folder; the packaged pairs when not given.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1)] = 16,
+    alpha: Annotated[float, typer.Option(help="Scaling is alpha / rank.")] = 32.0,
+    lr: Annotated[float, typer.Option()] = 1e-3,
+    epochs: Annotated[float, typer.Option()] = 2.0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    scope: Annotated[str, typer.Option(help="response or turn: what the adapter will serve.")] = "response",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
+) -> None:
+    """Train one trait on pairs; a killed run goes on from its last checkpoint."""
+    import torch
+
+    from gatedwarmth import bases
+    from gatedwarmth.data import load_pairs
+    from gatedwarmth.train.adapter import AdapterSettings, train_adapter
+
+    settings = AdapterSettings(
+        style,
+        rank=rank,
+        alpha=alpha,
+        lr=lr,
+        epochs=epochs,
+        batch_size=batch_size,
+        scope=scope,  # type: ignore[arg-type]
+    )
+    train, dev = load_pairs("train", path=pairs), load_pairs("dev", path=pairs)
+    report = train_adapter(bases.load(base, torch.float32, device), train, out, settings, dev)
+    Console().print(
+        f"{out}: {report['steps']} steps, dev loss {report['dev_loss_before']} → {report['dev_loss_after']}"
+    )
+
+
+@train_app.command("router")
+def train_router_command(
+    out: Annotated[Path, typer.Option(help="The router's folder.")],
+    kind: Annotated[str, typer.Option(help="text (any base, any engine) or probe (the base's hidden state).")] = "text",
+    base: Annotated[str | None, typer.Option(help="For a probe: hub name or folder of the base.")] = None,
+    turns: Annotated[
+        Path | None, typer.Option(help="A turns file or folder; the packaged turns when not given.")
+    ] = None,
+    traits: Annotated[str, typer.Option(help="Classes, with commas between.")] = "warmth,neutral",
+) -> None:
+    """Train a router, calibrate it, and report it on held-out turns."""
+    from gatedwarmth.train.router import train_router
+
+    report = train_router(kind, out, base, turns, tuple(name.strip() for name in traits.split(",")))
+    for line in report.lines():
+        Console().print(line, highlight=False)
+
+
+def _mount() -> None:
+    """The parts with command lines of their own."""
+    from gatedwarmth.data.cli import app as data_app
+    from gatedwarmth.eval.cli import app as eval_app
+
+    app.add_typer(data_app, name="data")
+    app.add_typer(eval_app, name="eval")
+
+
+def main() -> None:
+    """Run the command line; errors of this package become one line and exit code 1."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
+    )
+    logging.getLogger("gatedwarmth").setLevel(logging.INFO)
+    _mount()
+    try:
+        app()
+    except GatedWarmthError as error:
+        Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
