@@ -310,9 +310,10 @@ def _row(case: Case, arm: Arm, gates: dict[str, float], p: float | None) -> Row:
 
 
 def _sampling(settings: EvalSettings) -> dict[str, Any]:
+    shared: dict[str, Any] = {"repetition_penalty": settings.repetition_penalty}
     if not settings.temperature:
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": settings.temperature, "top_p": 1.0, "top_k": 0}
+        return {"do_sample": False, **shared}
+    return {"do_sample": True, "temperature": settings.temperature, "top_p": 1.0, "top_k": 0, **shared}
 
 
 def _seed(seed: int, task: str, batch: int) -> int:

@@ -24,6 +24,7 @@ class EvalSettings:
     limit: questions at most, None for all. limit_turns: social turns at most, None for the same as `limit`.
     batch_size: cases a batch. Part of the result: a row's last bits may depend on its batch.
     temperature: 0 is greedy; arXiv:2507.21919 samples at 0.8.
+    repetition_penalty: as transformers' generate; 1 for none. Small models loop without one under greedy decoding.
     threshold: p_social from which `gated_hard` opens warmth, None for the model's own.
     scorer: "base", or the name or folder of a causal LM for SocioT Warmth.
     draws: bootstrap draws.
@@ -39,6 +40,7 @@ class EvalSettings:
     batch_size: int = 16
     max_new_tokens: int = 48
     temperature: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int = 0
     threshold: float | None = None
     scorer: str = "base"

@@ -121,7 +121,8 @@ def blend(adapters: Sequence[Adapter], gates: Sequence[float]) -> Adapter:
     paths = sorted({path for adapter in adapters for path in adapter.layers})
     layers = {}
     for path in paths:
-        parts = [(adapter.layers[path], gate) for adapter, gate in zip(adapters, gates) if path in adapter.layers]
+        weighed = zip(adapters, gates, strict=True)
+        parts = [(adapter.layers[path], gate) for adapter, gate in weighed if path in adapter.layers]
         a = torch.cat([layer.a for layer, _ in parts])
         b = torch.cat([layer.b * (gate * layer.scaling) for layer, gate in parts], dim=1)
         layers[path] = LoraWeights(a, b, 1.0)

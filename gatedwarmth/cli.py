@@ -51,6 +51,35 @@ def route(
         Console().print(f"{trait:>12} {gate:.3f}", highlight=False)
 
 
+@app.command()
+def check(folder: Annotated[Path, typer.Argument(help="A model folder.")]) -> None:
+    """Prove that a model folder does what it says; exit code 1 with the line that failed."""
+    from gatedwarmth.check import check as run_check
+
+    for proof in run_check(folder):
+        Console().print(("ok    " if proof.passed else "FAILED ") + proof.line, highlight=False, soft_wrap=True)
+        if not proof.passed:
+            raise typer.Exit(1)
+
+
+@app.command()
+def chat(
+    folder: Annotated[Path, typer.Argument(help="A model folder.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(min=1.0)] = 1.1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
+) -> None:
+    """Talk to a model and see its gate; /gate overrules the router."""
+    from gatedwarmth import GatedWarmthModel
+    from gatedwarmth.chat import Chat
+    from gatedwarmth.hardware import faster_dtype
+
+    model = GatedWarmthModel.from_pretrained(folder, dtype=faster_dtype(device or "cpu"), device=device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    Chat(model, {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty, **sampling}).run()
+
+
 @train_app.command("adapter")
 def train_adapter_command(
     out: Annotated[Path, typer.Option(help="The adapter's PEFT folder.")],

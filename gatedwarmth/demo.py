@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gatedwarmth import GatedWarmthModel, bases
+from gatedwarmth.chat import gate_bar
 from gatedwarmth.data import Pair, load_pairs
 from gatedwarmth.eval import EvalSettings, Results, evaluate, identify, print_table
 from gatedwarmth.files import write_json_atomic
@@ -52,7 +53,7 @@ class Plan:
     eval: EvalSettings
 
 
-QUICK_ADAPTER = AdapterSettings("warm", rank=16, lr=2e-3, max_steps=14, batch_size=4, save_steps=7)
+QUICK_ADAPTER = AdapterSettings("warm", rank=16, lr=1e-3, max_steps=14, batch_size=4, save_steps=7)
 QUICK = Plan(
     pairs=80,
     attempts=(QUICK_ADAPTER,),
@@ -65,16 +66,17 @@ QUICK = Plan(
         limit_turns=4,
         batch_size=12,
         max_new_tokens=28,
+        repetition_penalty=1.1,
     ),
 )
 FULL = Plan(
     pairs=0,
     attempts=(
-        AdapterSettings("warm", rank=16, lr=1e-3, epochs=2.0),
+        AdapterSettings("warm", rank=16, lr=5e-4, epochs=2.0),
         AdapterSettings("warm", rank=32, alpha=64.0, lr=1e-3, epochs=3.0),
-        AdapterSettings("warm", rank=32, alpha=64.0, lr=2e-3, epochs=4.0),
+        AdapterSettings("warm", rank=32, alpha=64.0, lr=2e-3, epochs=3.0),
     ),
-    neutral=AdapterSettings("neutral", rank=16, lr=1e-3, epochs=2.0),
+    neutral=AdapterSettings("neutral", rank=16, lr=5e-4, epochs=1.0),
     check=EvalSettings(
         arms=("base", "warm"),
         tasks=("warmth",),
@@ -86,10 +88,11 @@ FULL = Plan(
     eval=EvalSettings(
         contexts=("plain", "sad", "angry"),
         beliefs=("none", "wrong"),
-        limit=40,
-        limit_turns=40,
+        limit=30,
+        limit_turns=32,
         batch_size=20,
         max_new_tokens=48,
+        repetition_penalty=1.1,
     ),
 )
 
@@ -134,12 +137,6 @@ def talk(model: GatedWarmthModel, turns: tuple[str, ...] = TALK, max_new_tokens:
         messages.append({"role": "assistant", "content": reply.text or "…"})
         table.add_row(turn, gate_bar(reply.gates.get("warmth", 0.0)), reply.text)
     Console().print(table)
-
-
-def gate_bar(gate: float, width: int = 10) -> str:
-    """A gate as a bar: ``████······ 0.40``."""
-    full = round(gate * width)
-    return "█" * full + "·" * (width - full) + f" {gate:.2f}"
 
 
 def _train_warmth(base: bases.Base, train: list[Pair], dev: list[Pair], plan: Plan, work: Path) -> Path:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gatedwarmth.adapters import save_adapter
+from gatedwarmth.card import model_card
 from gatedwarmth.errors import ModelFolderError
 from gatedwarmth.files import write_folder_atomic, write_json_atomic
 from gatedwarmth.gates import Policy, Scope, policy_from_name
@@ -46,7 +48,9 @@ def read(folder: Path) -> SavedModel:
         raise ModelFolderError(f"{path} is not JSON: {error}; save the model again") from None
     schema = value.get("schema")
     if schema != SCHEMA:
-        raise ModelFolderError(f"{path} has schema {schema!r}, this version reads {SCHEMA}; upgrade gatedwarmth")
+        newer = isinstance(schema, int) and schema > SCHEMA
+        advice = "upgrade gatedwarmth" if newer else "build the folder anew from its adapters with save_pretrained"
+        raise ModelFolderError(f"{path} has schema {schema!r}, this version reads {SCHEMA}; {advice}")
     try:
         return SavedModel(
             base=value["base"],
@@ -76,5 +80,19 @@ def write(model: GatedWarmthModel, folder: Path) -> None:
             "scope": model.scope,
         }
         write_json_atomic(target / FILE, value)
+        (target / "README.md").write_text(model_card(model), encoding="utf-8")
 
     write_folder_atomic(folder, fill)
+
+
+def push(model: GatedWarmthModel, repo: str, private: bool) -> str:
+    """Upload a model folder to the hub."""
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory(prefix="gatedwarmth-") as scratch:
+        folder = Path(scratch) / "model"
+        write(model, folder)
+        api = HfApi()
+        address = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    return str(address)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,21 +51,18 @@ class Policy:
         if self.steps < 1 or self.sentences < 0 or self.tokens < 0:
             raise GateError("a policy needs steps ≥ 1 and an opening of at least 0 sentences or tokens")
 
-    def gates(
-        self, probabilities: Mapping[str, float], previous: Mapping[str, float] | None = None
-    ) -> dict[str, float]:
-        """Gates in the order of `probabilities`, whose last trait is the one that takes over (neutral).
-
-        `previous`: the probabilities that set the previous turn's gates, for hysteresis.
-        """
-        if previous is not None and self.hysteresis:
-            moved = max(abs(probabilities[t] - previous.get(t, 0.0)) for t in probabilities)
-            if moved < self.hysteresis:
-                probabilities = dict(previous)
+    def gates(self, probabilities: Mapping[str, float]) -> dict[str, float]:
+        """Gates in the order of `probabilities`, whose last trait is the one that takes over (neutral)."""
         *leading, last = probabilities
         gates = {trait: self._bounded(self._gate(probabilities[trait])) for trait in leading}
         gates[last] = max(0.0, 1.0 - sum(gates.values())) if leading else self._gate(probabilities[last])
         return gates
+
+    def holds(self, probabilities: Mapping[str, float], previous: Mapping[str, float] | None) -> bool:
+        """Whether hysteresis keeps the gates of the previous turn: nothing moved by as much as `hysteresis`."""
+        if not previous or not self.hysteresis:
+            return False
+        return max(abs(probabilities[t] - previous.get(t, 0.0)) for t in probabilities) < self.hysteresis
 
     def _gate(self, probability: float) -> float:
         if self.kind == "hard":
@@ -146,26 +143,33 @@ class GatePlan:
 
     def scaled(self, scalings: tuple[float, ...], like: Tensor) -> Tensor:
         """[batch, tokens or 1, traits] times each trait's scaling."""
-        key = (scalings, like.device, like.dtype)
-        if key not in self._columns:
+
+        def make() -> Tensor:
             factor = torch.tensor(scalings, device=like.device, dtype=torch.float32)
-            self._columns[key] = (self.gates.to(like.device) * factor).to(like.dtype)
-        return self._columns[key]
+            return (self.gates.to(like.device) * factor).to(like.dtype)
+
+        return self._once((scalings, like.device, like.dtype), make)
 
     def columns(self, ranks: tuple[int, ...], scalings: tuple[float, ...], like: Tensor) -> Tensor:
         """[batch, tokens or 1, R]: the scaled gate of every rank column, made once for all layers of a pass."""
         key = (ranks, scalings, like.device, like.dtype)
-        if key not in self._columns:
-            self._columns[key] = gate_columns(self.scaled(scalings, like), ranks)
-        return self._columns[key]
+        return self._once(key, lambda: gate_columns(self.scaled(scalings, like), ranks))
 
     def flat(self, scalings: tuple[float, ...], like: Tensor) -> Tensor:
         """[batch · tokens, traits] times scaling, zeros before `start`: what the kernels take."""
-        key = ("flat", scalings, like.device, like.dtype)
-        if key not in self._columns:
+
+        def make() -> Tensor:
             part = self.scaled(scalings, like).expand(-1, self.tokens - self.start, -1)
             before = part.new_zeros(self.batch, self.start, part.shape[-1])
-            self._columns[key] = torch.cat([before, part], dim=1).flatten(0, 1) if self.start else part.flatten(0, 1)
+            return torch.cat([before, part], dim=1).flatten(0, 1) if self.start else part.flatten(0, 1)
+
+        return self._once(("flat", scalings, like.device, like.dtype), make)
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        if torch.compiler.is_compiling():  # a store kept between calls would make the compiler start over
+            return make()
+        if key not in self._columns:
+            self._columns[key] = make()
         return self._columns[key]
 
 
@@ -177,14 +181,29 @@ class GatesInForce:
 
 
 @dataclass
+class PassGates:
+    """The gates of a call that is a single forward pass: [batch, tokens or 1, traits]."""
+
+    gates: Tensor
+
+    def plan(self, batch: int, tokens: int, first: int = 0) -> GatePlan | None:
+        return _plan_of(self.gates, batch, tokens)
+
+    def needs_first(self) -> bool:
+        return False
+
+
+@dataclass
 class GateSchedule:
-    """The gates of a whole call, from which each forward pass takes its plan.
+    """The gates of a whole call of generate, from which each forward pass takes its plan.
+
+    A column is a position in the whole sequence, cached tokens and padding included.
 
     rows: [batch, traits], for every token from `start` on, generated ones included.
     start: column of the first gated token. prompt: [batch, tokens, traits] gates of given tokens instead.
-    later, opening: for a handoff: the gates after the opening, and how many generated tokens it lasts; None while the
-        end of the opening is not known.
-    seen: columns already computed, cached ones included.
+    offset: column of the first token given to the call, where only the tokens after a cache were given.
+    later: [batch, traits], for a handoff: the gates after the opening. switched: int64 [rows], the column from which
+        they hold in each row; NEVER while the end of the opening is not known.
     """
 
     rows: Tensor
@@ -192,44 +211,69 @@ class GateSchedule:
     prompt: Tensor | None = None
     later: Tensor | None = None
     switched: Tensor | None = None
-    seen: int = 0
+    offset: int = 0
 
-    def plan(self, batch: int, tokens: int) -> GatePlan | None:
-        """The plan of the next pass over `tokens` columns, or None when none of its tokens is gated."""
-        first, self.seen = self.seen, self.seen + tokens
-        if self.prompt is not None and first < self.prompt.shape[1]:
-            given = self.prompt[:, first : first + tokens]
-            rest = tokens - given.shape[1]
-            if rest:
-                given = torch.cat([given, self.rows[:, None].expand(-1, rest, -1)], dim=1)
-            return _plan_of(self._repeat(given, batch), batch, tokens)
-        skipped = max(0, self.start - first)
-        if skipped >= tokens:
-            return None
-        gates = self._repeat(self._current(), batch)[:, None]
-        if not gates.any():
-            return None
-        return GatePlan(gates, batch, tokens, skipped)
+    def __post_init__(self) -> None:
+        self._open = bool(self.rows.any()) or (self.later is not None and bool(self.later.any()))
+        self._settled = False
+        self._steady: dict[tuple[int, int], GatePlan | None] = {}
 
-    def _current(self) -> Tensor:
-        if self.later is None or self.switched is None:
-            return self.rows
-        repeats = self.switched.shape[0] // self.rows.shape[0]
-        rows = self.rows.repeat_interleave(repeats, dim=0)
-        return torch.where(self.switched[:, None], self.later.repeat_interleave(repeats, dim=0), rows)
+    def needs_first(self) -> bool:
+        """Whether `plan` still has to know at which column a pass begins: reading a static cache's length is slow."""
+        return not self._settled
 
-    @staticmethod
-    def _repeat(gates: Tensor, batch: int) -> Tensor:
-        """Beams and several sequences per prompt repeat each row of the batch next to itself."""
-        if gates.shape[0] == batch:
-            return gates
-        if batch % gates.shape[0]:
-            raise GateError(f"gates for {gates.shape[0]} rows cannot serve a pass of {batch} rows")
-        return gates.repeat_interleave(batch // gates.shape[0], dim=0)
+    def plan(self, batch: int, tokens: int, first: int = 0) -> GatePlan | None:
+        """The plan of a pass over the columns first, first + 1, …, or None when none of its tokens is gated."""
+        if not self._settled and (self.later is not None or first < self._steady_from()):
+            return self._changing(batch, tokens, first)
+        # From here on every pass has the same gates: assisted decoding never crops into the prompt.
+        self._settled = first > 0
+        if (batch, tokens) not in self._steady:
+            gates = _repeat(self.rows, batch)[:, None]
+            self._steady[batch, tokens] = GatePlan(gates, batch, tokens) if self._open else None
+        return self._steady[batch, tokens]
+
+    def gates(self, first: int, tokens: int) -> Tensor:
+        """[rows, tokens, traits]: the gates of the columns from `first` on."""
+        columns = torch.arange(first, first + tokens, device=self.rows.device)
+        gates = self.rows[:, None].expand(-1, tokens, -1)
+        if self.later is not None and self.switched is not None:
+            after = columns >= self.switched.to(columns.device)[:, None]  # [rows · sequences, tokens]
+            gates, later = _repeat(gates, len(after)), _repeat(self.later, len(after))
+            gates = torch.where(after[..., None], later[:, None], gates)
+        if self.prompt is None:
+            return gates * (columns >= self.start + self.offset)[:, None]
+        given = self.prompt[:, max(0, first - self.offset) : max(0, first + tokens - self.offset)]
+        before = given.new_zeros(given.shape[0], min(tokens, max(0, self.offset - first)), given.shape[2])
+        given = _repeat(torch.cat([before, given], dim=1), gates.shape[0])
+        return torch.cat([given, gates[:, given.shape[1] :]], dim=1)
+
+    def _steady_from(self) -> int:
+        return self.offset + (self.start if self.prompt is None else self.prompt.shape[1])
+
+    def _changing(self, batch: int, tokens: int, first: int) -> GatePlan | None:
+        if self.prompt is None and self.later is None:
+            skipped = self._steady_from() - first
+            if skipped >= tokens or not self._open:
+                return None
+            return GatePlan(_repeat(self.rows, batch)[:, None], batch, tokens, skipped)
+        return _plan_of(_repeat(self.gates(first, tokens), batch), batch, tokens)
+
+
+NEVER = 2**62
+
+
+def _repeat(gates: Tensor, batch: int) -> Tensor:
+    """Beams and several sequences per prompt repeat each row of the batch next to itself."""
+    if gates.shape[0] == batch:
+        return gates
+    if batch % gates.shape[0]:
+        raise GateError(f"gates for {gates.shape[0]} rows cannot serve a pass of {batch} rows")
+    return gates.repeat_interleave(batch // gates.shape[0], dim=0)
 
 
 def _plan_of(gates: Tensor, batch: int, tokens: int) -> GatePlan | None:
-    """A plan that skips the leading columns in which no row has an open gate."""
+    """A plan of gates [batch, tokens or 1, traits] that skips the leading columns in which no row has an open gate."""
     if gates.requires_grad:
         return GatePlan(gates, batch, tokens)
     gated = gates.ne(0).any(-1).any(0).nonzero()

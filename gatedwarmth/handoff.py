@@ -41,7 +41,9 @@ class HandoffWatch(LogitsProcessor):
         if self.schedule.switched is None:
             self.schedule.switched = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         for row in (~self.schedule.switched).nonzero().flatten().tolist():
-            self.schedule.switched[row] = self._opening_over(generated[row])
+            if self._opening_over(generated[row]):
+                self.schedule.switched[row] = True
+                self.schedule.switch_at[row] = int(generated.shape[1])
         return scores
 
     def _opening_over(self, ids: Tensor) -> bool:

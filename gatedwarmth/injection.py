@@ -134,7 +134,7 @@ def _nothing(n_in: int, n_out: int) -> LoraWeights:
 
 def _group(layers: dict[str, GatedLinear]) -> None:
     """Siblings are linked when they share a parent, an input width, scalings and a place."""
-    for path, layer in layers.items():
+    for path in layers:
         parent, _, name = path.rpartition(".")
         family = next((names for names in SIBLINGS if names[0] == name), ())
         members = [layers[f"{parent}.{n}"] for n in family if f"{parent}.{n}" in layers]

@@ -117,6 +117,7 @@ class Siblings:
         if torch.is_grad_enabled() or x.dim() != 3 or x.shape[:2] != (plan.batch, plan.tokens):
             return _differentiable(members, x, plan)
         few = plan.start == 0 and x.shape[0] * x.shape[1] <= FUSED_TOKENS
+        few = few and not torch.is_autocast_enabled(x.device.type)  # the fused product has one dtype
         if few and len(members) == len(self.members) and self._can_fuse(x):
             if self._fused is not None and self._fused.stale():
                 self.split()
@@ -154,7 +155,7 @@ def _uniform(plan: GatePlan, scalings: tuple[float, ...], like: Tensor) -> Tenso
     if not torch.equal(gates, gates[:1].expand_as(gates)):
         raise GateError(
             "a gated layer sees only some of the tokens (a mixture of experts?), so gates that differ between tokens "
-            "cannot be placed; use one gate for all tokens, scope 'turn' and batch 1, or leave this layer out of the adapter"
+            "cannot be placed; use one gate for all tokens, or leave this layer out of the adapter"
         )
     return gates[:1]
 
@@ -170,9 +171,9 @@ def _tail(members: list[GatedLinear], x: Tensor, plan: GatePlan) -> list[Tensor]
         s = s * plan.columns(member.ranks, member.scalings, s)
         part = y[:, plan.start :]
         if plan.start == 0 and y.is_contiguous() and y.dtype == s.dtype:
-            y.view(-1, y.shape[-1]).addmm_(s.reshape(-1, s.shape[-1]), member.b.T)
+            y.view(-1, y.shape[-1]).addmm_(s.reshape(-1, s.shape[-1]), member.b.T.to(s.dtype))
         else:
-            part += (s @ member.b.T).to(y.dtype)
+            part += (s @ member.b.T.to(s.dtype)).to(y.dtype)
         outputs.append(y)
     return outputs
 
@@ -196,7 +197,8 @@ class Fused:
         biases = [m.base.bias for m in members]
         self.bias: Tensor | None = None
         if any(bias is not None for bias in biases):
-            parts = [w.new_zeros(w.shape[0]) if bias is None else bias.data for w, bias in zip(weights, biases)]
+            pairs = zip(weights, biases, strict=True)
+            parts = [w.new_zeros(w.shape[0]) if bias is None else bias.data for w, bias in pairs]
             self.bias = torch.cat([*parts, self.matrix.new_zeros(self.matrix.shape[0] - self.total)])
         self._point(self.matrix.split([*self.widths, *(m.a.shape[0] for m in members)]))
         self._versions = self._current_versions()

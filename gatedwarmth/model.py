@@ -20,11 +20,11 @@ from gatedwarmth.data import Message
 from gatedwarmth.errors import GatedWarmthError, GateError, RouterError
 from gatedwarmth.gates import SCOPES, GatePlan, GateSchedule, Policy, Scope, gates_tensor, policy_from_name
 from gatedwarmth.handoff import HandoffWatch
-from gatedwarmth.injection import inject
-from gatedwarmth.prefill import Prefill
+from gatedwarmth.injection import decoder_layers, inject
+from gatedwarmth.prefill import Prefill, first_tensor
 from gatedwarmth.router import load_router
 from gatedwarmth.router.base import Decision, Router
-from gatedwarmth.templates import Prompt, pad_left, prompt_of
+from gatedwarmth.templates import Prompt, prompt_of
 
 Gates = Mapping[str, float] | Tensor
 
@@ -75,7 +75,7 @@ class GatedWarmthModel(nn.Module):
         self._hook = self.base.register_forward_pre_hook(self._set_plan, with_kwargs=True)
         self._schedule: GateSchedule | None = None
         self._lock = threading.RLock()
-        self._overrides: ContextVar[dict[str, float]] = ContextVar("overrides", default={})
+        self._overrides: ContextVar[dict[str, float] | None] = ContextVar("overrides", default=None)
         self.eval()
 
     @classmethod
@@ -162,7 +162,7 @@ class GatedWarmthModel(nn.Module):
             schedule = GateSchedule(tensor[:, -1], prompt=tensor)
         else:
             schedule = GateSchedule(tensor, start=self._start(input_ids, length, gate_start), later=later)
-        return self._generate(schedule, length, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        return self.generate_with(schedule, length, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def chat(self, messages: Sequence[Message], gates: Gates | None = None, **generation: Any) -> Reply:
         """Reply to a conversation. gates: None asks the router. generation: as for transformers' generate."""
@@ -183,7 +183,7 @@ class GatedWarmthModel(nn.Module):
         rows = gates_tensor(self._overridden(gates, len(prompts)), self.traits, len(prompts)).to(self.device)
         schedule = self._schedule_for(prompts, rows, prefill, later)
         settings = {"max_new_tokens": 256, **generation}
-        ids = self._generate(schedule, prefill.length, **prefill.inputs(), **settings)
+        ids = self.generate_with(schedule, prefill.length, **prefill.inputs(), **settings)
         texts = self.tokenizer.batch_decode(ids[:, prefill.length :], skip_special_tokens=True)
         named = [dict(zip(self.traits, row, strict=True)) for row in rows.tolist()]
         return [Reply(t.strip(), g, d) for t, g, d in zip(texts, named, decisions, strict=True)]
@@ -201,11 +201,68 @@ class GatedWarmthModel(nn.Module):
     def override(self, **gates: float) -> Iterator[None]:
         """A person's word beats the router: inside the block these traits have these gates, in this thread."""
         gates_tensor(gates, self.traits, 1)
-        token = self._overrides.set({**self._overrides.get(), **gates})
+        token = self._overrides.set({**(self._overrides.get() or {}), **gates})
         try:
             yield
         finally:
             self._overrides.reset(token)
+
+    @torch.no_grad()
+    def generate_with(self, schedule: GateSchedule, length: int, **kwargs: Any) -> Any:
+        """transformers' generate under a schedule of one's own; `length`: columns of the prompt."""
+        cache = kwargs.get("cache") if kwargs.get("cache") is not None else kwargs.get("past_key_values")
+        schedule.seen = int(cache.get_seq_length()) if cache is not None else 0
+        if schedule.later is not None:
+            watch = HandoffWatch(schedule, self.policy, self.tokenizer, length)
+            watch.check(kwargs)
+            kwargs["logits_processor"] = LogitsProcessorList([watch, *kwargs.get("logits_processor", [])])
+        if kwargs.get("attention_mask") is None and kwargs.get("input_ids") is not None:
+            kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
+        kwargs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        with self._in_force(schedule):
+            return self.base.generate(**{key: value for key, value in kwargs.items() if value is not None})
+
+    @torch.no_grad()
+    def hidden_after(self, layer: int, input_ids: Tensor, gates: Tensor | None, cache: Any, **kwargs: Any) -> Any:
+        """A pass that also returns the state after `layer` layers (from 1) at its last token: output, [batch, hidden].
+
+        Raises
+        ------
+        RouterError: the base has fewer layers.
+        """
+        layers = decoder_layers(self.base)
+        if not 1 <= layer <= len(layers):
+            raise RouterError(f"the router reads layer {layer}, but this base has {len(layers)} layers; train it anew")
+        seen: list[Tensor] = []
+        handle = layers[layer - 1].register_forward_hook(lambda m, i, o: seen.append(first_tensor(o)[:, -1]))
+        try:
+            output = self(input_ids=input_ids, gates=gates, cache=cache, use_cache=True, logits_to_keep=1, **kwargs)
+        finally:
+            handle.remove()
+        return output, seen[0]
+
+    def effective(self, gates: Mapping[str, float]) -> dict[str, float]:
+        """Gates by trait after a person's overrides, checked.
+
+        Raises
+        ------
+        GateError: an unknown trait or a value outside [0, 1].
+        """
+        merged = {**gates, **(self._overrides.get() or {})}
+        gates_tensor(merged, self.traits, 1)
+        return merged
+
+    def later_gates(self) -> dict[str, float] | None:
+        """The gates after the opening of a handoff: the router's last trait alone; None for other policies."""
+        if self.policy.kind != "handoff":
+            return None
+        later = self.effective({self.require_router().traits[-1]: 1.0})
+        return {trait: float(later.get(trait, 0.0)) for trait in self.traits}
+
+    def require_router(self) -> Router:
+        if self.router is None:
+            raise RouterError("this model has no router; give gates, or load one with router=FOLDER")
+        return self.router
 
     def unwrap(self) -> PreTrainedModel:
         """The base exactly as it came. The wrapper is of no use afterwards."""
@@ -218,6 +275,10 @@ class GatedWarmthModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapters, router, policy and scope; the base is named, not copied. Whole or not at all."""
         folders.write(self, Path(folder))
+
+    def push_to_hub(self, repo: str, private: bool = True) -> str:
+        """Upload what `save_pretrained` writes to the hub repository `repo`; returns its address. Needs a hub login."""
+        return folders.push(self, repo, private)
 
     def adapter(self, trait: str) -> Adapter:
         """The trait's weights as they are now, with the configuration that it came with."""
@@ -239,7 +300,7 @@ class GatedWarmthModel(nn.Module):
                 self.injection.forget()
 
     def _set_plan(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before each pass of the base. The plan stays until the next pass: checkpointed layers run again in backward."""
+        """Before each pass of the base. The plan stays until the next: checkpointed layers run again in backward."""
         self.injection.in_force.plan = self._next_plan(args, kwargs)
 
     def _next_plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GatePlan | None:
@@ -257,19 +318,6 @@ class GatedWarmthModel(nn.Module):
         if tensor.dim() == 3:
             return GateSchedule(tensor[:, -1], prompt=tensor)
         return GateSchedule(tensor, prompt=tensor[:, None].expand(-1, tokens, -1) if tensor.requires_grad else None)
-
-    def _generate(self, schedule: GateSchedule, length: int, **kwargs: Any) -> Any:
-        cache = kwargs.get("cache") if kwargs.get("cache") is not None else kwargs.get("past_key_values")
-        schedule.seen = int(cache.get_seq_length()) if cache is not None else 0
-        if schedule.later is not None:
-            watch = HandoffWatch(schedule, self.policy, self.tokenizer, length)
-            watch.check(kwargs)
-            kwargs["logits_processor"] = LogitsProcessorList([watch, *kwargs.get("logits_processor", [])])
-        if kwargs.get("attention_mask") is None and kwargs.get("input_ids") is not None:
-            kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
-        kwargs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
-        with self._in_force(schedule):
-            return self.base.generate(**{key: value for key, value in kwargs.items() if value is not None})
 
     def _schedule_for(
         self, prompts: Sequence[Prompt], rows: Tensor, prefill: Prefill, later: Tensor | None
@@ -294,21 +342,17 @@ class GatedWarmthModel(nn.Module):
         return length - 1
 
     def _route(self, conversations: Sequence[Sequence[Message]], prefill: Prefill) -> list[Decision]:
-        if self.router is None:
-            raise RouterError("this model has no router; give gates, or load one with router=FOLDER")
-        table = self.router.probabilities(conversations, prefill.hidden)
-        named = [dict(zip(self.router.traits, map(float, row), strict=True)) for row in table]
-        return [decision_of(p, self.policy, self.router.describe()) for p in named]
+        router = self.require_router()
+        table = router.probabilities(conversations, prefill.hidden)
+        named = [dict(zip(router.traits, map(float, row), strict=True)) for row in table]
+        return [decision_of(p, self.policy, router.describe()) for p in named]
 
     def _decided(self, decisions: Sequence[Decision]) -> Tensor:
         return torch.tensor([[d.gates.get(trait, 0.0) for trait in self.traits] for d in decisions])
 
     def _later(self, decisions: Sequence[Decision]) -> Tensor | None:
-        """After the opening of a handoff: the last trait of the router alone."""
-        if self.policy.kind != "handoff" or self.router is None:
-            return None
-        last = {self.router.traits[-1]: 1.0}
-        return gates_tensor(self._overridden(last, len(decisions)), self.traits, len(decisions)).to(self.device)
+        later = self.later_gates()
+        return None if later is None else gates_tensor(later, self.traits, len(decisions)).to(self.device)
 
     def _overridden(self, gates: Gates, batch: int) -> Gates:
         override = self._overrides.get()
@@ -328,8 +372,12 @@ class GatedWarmthModel(nn.Module):
         return [[{"role": "user", "content": text}] for text in texts]
 
 
-def decision_of(probabilities: Mapping[str, float], policy: Policy, router: str = "") -> Decision:
-    """A policy's decision on one turn's probabilities."""
+def decision_of(
+    probabilities: Mapping[str, float], policy: Policy, router: str = "", previous: Mapping[str, float] | None = None
+) -> Decision:
+    """A policy's decision on one turn's probabilities. previous: the turn before's, for hysteresis."""
+    if policy.holds(probabilities, previous) and previous is not None:
+        probabilities = previous
     gates = policy.gates(probabilities)
     first = next(iter(probabilities))
     shown = ", ".join(f"{trait} {p:.2f}" for trait, p in probabilities.items())

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from gatedwarmth.errors import RouterError
-from gatedwarmth.injection import decoder_layers
 from gatedwarmth.templates import Prompt, pad_left
 
 if TYPE_CHECKING:
@@ -49,27 +48,12 @@ class Prefill:
             raise RouterError(
                 "the assistant header differs in length between rows; route these conversations one by one"
             )
-        output, state = self._run(layer, end)
+        output, state = self.model.hidden_after(
+            layer, self.ids[:, :end], gates=None, cache=None, attention_mask=self.mask[:, :end]
+        )
         if self.model.scope == "response" and end < self.length:
             self.cache = output.cache
         return state
-
-    def _run(self, layer: int, end: int) -> tuple[Any, Tensor]:
-        layers = decoder_layers(self.model.base)
-        if not 1 <= layer <= len(layers):
-            raise RouterError(f"the router reads layer {layer}, but this base has {len(layers)} layers; train it anew")
-        seen: list[Tensor] = []
-        handle = layers[layer - 1].register_forward_hook(lambda m, i, o: seen.append(first_tensor(o)[:, -1]))
-        try:
-            output = self.model(
-                input_ids=self.ids[:, :end],
-                attention_mask=self.mask[:, :end],
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        finally:
-            handle.remove()
-        return output, seen[0]
 
 
 def first_tensor(output: Any) -> Tensor:

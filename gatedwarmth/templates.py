@@ -65,7 +65,8 @@ def check_messages(messages: Sequence[Message]) -> None:
     for index, message in enumerate(messages):
         if message.get("role") not in ROLES:
             raise ConversationError(f"message {index} has role {message.get('role')!r}; use one of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str) or not message["content"].strip():
+        empty = not str(message.get("content") or "").strip() and message["role"] != "assistant"  # a reply may be empty
+        if not isinstance(message.get("content"), str) or empty:
             raise ConversationError(f"message {index} ({message['role']}) is empty; every turn needs a text")
     if messages[-1]["role"] != "user":
         raise ConversationError(
@@ -80,7 +81,7 @@ def shared_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     2
     """
     length = 0
-    for a, b in zip(left, right):
+    for a, b in zip(left, right, strict=False):
         if a != b:
             break
         length += 1

@@ -12,8 +12,9 @@ The rule, in this order:
 Rules 3 to 5 come from reasoning: no GPU has run this yet.
 
 Eager calls go straight to a path's autograd function. Only under torch.compile does the call become the custom op
-`gatedwarmth::gated_lora_siblings`, one node without a graph break; in eager mode the op's registration would cost more
-than the arithmetic of a decode step. The reference path has no custom op and breaks the graph.
+`gatedwarmth::gated_lora_siblings`, one node without a graph break: called eagerly, the op costs about 0.05 ms more than
+the function, and 0.25 ms more with gradients (one token, width 576, CPU), as much as the arithmetic or more. The
+reference path has no custom op and breaks the graph.
 """
 
 from __future__ import annotations
@@ -148,8 +149,8 @@ def check_shapes(x: Tensor, a: Tensor, b: Tensor, gates: Tensor, ranks: Sequence
         raise ValueError(f"residual must be [{tokens}, {b.shape[0]}], found {list(residual.shape)}")
 
 
-# The custom op, for torch.compile. `need` is whether x, gates, any a, any b want a gradient. A list with None in it gets
-# no gradients from torch.library, so `residuals` holds the tensors and `has_residual` says which layers they belong to.
+# The custom op, for torch.compile. `need` is whether x, gates, any a, any b want a gradient. A list with None in it
+# gets no gradients from torch.library, so `residuals` holds the tensors and `has_residual` says whose they are.
 
 
 class Saved:

@@ -27,7 +27,7 @@ FIELDS = ("tokens", "rank", "width", "split", "warps", "stages")
 
 @dataclass(frozen=True)
 class Tile:
-    """One launch configuration: tile edges, partial sums, warps, pipeline stages."""
+    """One launch configuration: tile edges, partial sums (a power of two), warps, pipeline stages."""
 
     tokens: int
     rank: int
@@ -104,10 +104,10 @@ def static_tile(kernel: str, key: str) -> Tile:
         if tokens == "some":
             return Tile(32, columns, 128, split // 2, 4, 3)
         return Tile(64, 16 if rank == "low" else 64, 64, 1, 4, 3)
-    if kernel == "expand":
+    if kernel == "expand":  # one stage for few tokens: a loop of one or two turns has nothing to overlap
         if tokens == "few":
-            return Tile(16, columns, 64 if width == "wide" else 32, 1, 4, 2)
-        return Tile(32, columns, 64, 1, 4, 2) if tokens == "some" else Tile(64, columns, 128, 1, 4, 2)
+            return Tile(16, columns, 32, 1, 4, 1)
+        return Tile(32, columns, 64, 1, 4, 1) if tokens == "some" else Tile(64, columns, 128, 1, 4, 2)
     if kernel == "grad_shrunk":
         edge = {"few": 16, "some": 32, "many": 64}[tokens]
         return Tile(edge, columns, 64, 1, 4, 3)

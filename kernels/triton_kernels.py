@@ -8,8 +8,8 @@ Letters: T tokens, R the rank columns of all sibling layers side by side, W a wi
 whatever the buffer holds then. Sums are float32, float32 products exact (`ieee`, never tf32), and nothing is added
 atomically: the same input gives the same bits.
 
-A trait is closed in a tile of tokens where none of them has its gate open. `shrink` masks the loads of closed columns and
-`expand` passes over closed traits; a tile where everything is closed loads nothing and runs no iteration of its loop.
+A trait is closed in a tile of tokens where none of them has its gate open. `shrink` masks the loads of closed columns
+and `expand` passes over closed traits; a tile where everything is closed loads nothing and runs no iteration.
 """
 
 from __future__ import annotations
@@ -151,12 +151,12 @@ def expand_layer(
                 column_ok = columns < end
                 s_at = s + wide_rows[:, None] * rank + columns[None, :]
                 s_ok = row_ok[:, None] & column_ok[None, :]
-                s_tile = tl.load(s_at, mask=s_ok, other=0.0)
-                if SPLIT > 1:  # S comes as partial sums: adding them here saves a launch
-                    for _part in range(1, SPLIT):
-                        s_at += tokens.to(tl.int64) * rank
-                        s_tile += tl.load(s_at, mask=s_ok, other=0.0)
-                    s_tile = gated(s_tile, gate[:, None])
+                if SPLIT == 1:
+                    s_tile = tl.load(s_at, mask=s_ok, other=0.0)
+                else:  # S comes as partial sums: adding them here saves a launch, loading them at once saves waiting
+                    parts = tl.arange(0, SPLIT).to(tl.int64) * tokens * rank
+                    s_parts = tl.load(parts[:, None, None] + s_at[None, :, :], mask=s_ok[None, :, :], other=0.0)
+                    s_tile = gated(tl.sum(s_parts, axis=0), gate[:, None])
                 inside = columns - offset
                 b_at = b + features.to(tl.int64)[None, :] * b_stride_w + inside[:, None] * b_stride_r
                 b_tile = tl.load(b_at, mask=column_ok[:, None] & feature_ok[None, :], other=0.0)

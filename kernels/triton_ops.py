@@ -113,7 +113,7 @@ def run_forward(
 
 
 def shrink(
-    x: Tensor, a: Tensor, gates: Tensor, ranks: Ranks, *, save: bool, skip: bool
+    x: Tensor, a: Tensor, gates: Tensor, ranks: Ranks, *, save: bool, skip: bool, tile: Tile | None = None
 ) -> tuple[Tensor | None, Tensor | None, int]:
     """x·Aᵀ for all siblings at once: (raw [split, tokens, R] float32, scaled [tokens, R], split).
 
@@ -121,7 +121,7 @@ def shrink(
     """
     tokens, width = x.shape
     rank = a.shape[0]
-    tile = tile_for("shrink", tokens, width, rank, x.dtype)
+    tile = tile or tile_for("shrink", tokens, width, rank, x.dtype)
     split = tile.split
     raw = x.new_empty(split, tokens, rank, dtype=torch.float32) if save or split > 1 else None
     scaled = x.new_empty(tokens, rank) if split == 1 else None
@@ -158,6 +158,7 @@ def expand(
     dtype: torch.dtype | None = None,
     *,
     together: bool = False,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, ...]:
     """residual_i + S_i·B_iᵀ for every sibling, in one launch.
 
@@ -170,7 +171,7 @@ def expand(
     ys = tuple(s.new_empty(tokens, width, dtype=dtype or s.dtype) for width in widths)
     if not tokens:
         return ys
-    tile = tile_for("expand", tokens, max(widths), widest(offsets_of(ranks, together)), ys[0].dtype)
+    tile = tile or tile_for("expand", tokens, max(widths), widest(offsets_of(ranks, together)), ys[0].dtype)
     rows = [None if y is None else _unit_columns(y) for y in residuals]
     grid = (sum(triton.cdiv(width, tile.width) for width in widths), triton.cdiv(tokens, tile.tokens))
     traits = gates.shape[1]
@@ -199,7 +200,13 @@ def expand(
 
 
 def grad_shrunk(
-    dy: Sequence[Tensor], b: Sequence[Tensor], raw: Tensor, gates: Tensor, ranks: Ranks, need_gates: bool
+    dy: Sequence[Tensor],
+    b: Sequence[Tensor],
+    raw: Tensor,
+    gates: Tensor,
+    ranks: Ranks,
+    need_gates: bool,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(gate ∘ dS [tokens, R] in the dtype of dy, the gates' gradient or None), with dS = dY·B."""
     tokens, rank = raw.shape
@@ -209,7 +216,7 @@ def grad_shrunk(
     if not (tokens and rank):
         return grad_scaled, torch.zeros_like(gates) if need_gates else None
     offsets = offsets_of(ranks)
-    tile = tile_for("grad_shrunk", tokens, max(widths), widest(offsets), dy[0].dtype)
+    tile = tile or tile_for("grad_shrunk", tokens, max(widths), widest(offsets), dy[0].dtype)
     count = sum(triton.cdiv(sum(r), tile.rank) for r in ranks)
     partial = raw.new_empty(count, tokens, traits) if need_gates else None
     grad_shrunk_kernel[(triton.cdiv(tokens, tile.tokens), count)](
@@ -233,7 +240,9 @@ def grad_shrunk(
     return grad_scaled, None if partial is None else partial.sum(0).to(gates.dtype)
 
 
-def grad_weight(s: Tensor, z: Sequence[Tensor], gates: Tensor, ranks: Ranks, *, together: bool) -> list[Tensor]:
+def grad_weight(
+    s: Tensor, z: Sequence[Tensor], gates: Tensor, ranks: Ranks, *, together: bool, tile: Tile | None = None
+) -> list[Tensor]:
     """Σ over tokens of S_iᵀ·Z_i, in sums over ranges of tokens that are added in a fixed order.
 
     together: dA [R, in] of all siblings from s = gate ∘ dS and z = [x]. Otherwise dB [out_i, R_i] of each from the raw
@@ -246,7 +255,7 @@ def grad_weight(s: Tensor, z: Sequence[Tensor], gates: Tensor, ranks: Ranks, *, 
     shapes = [(w, r) if scale else (r, w) for w, r in zip(widths, layer_ranks, strict=True)]
     if not (tokens and rank):
         return [part.new_zeros(shape) for part, shape in zip(z, shapes, strict=True)]
-    tile = tile_for("grad_weight", tokens, max(widths), widest(offsets), z[0].dtype)
+    tile = tile or tile_for("grad_weight", tokens, max(widths), widest(offsets), z[0].dtype)
     dtype = z[0].dtype if tile.split == 1 else torch.float32
     outs = tuple(part.new_empty(tile.split, *shape, dtype=dtype) for part, shape in zip(z, shapes, strict=True))
     tiles = [triton.cdiv(r, tile.rank) * triton.cdiv(w, tile.width) for r, w in zip(layer_ranks, widths, strict=True)]

@@ -118,12 +118,12 @@ def _byte_problems(corpora: Corpora) -> Iterator[Problem]:
             yield Problem(path, 1, "the file begins with a byte order mark; save it as UTF-8 without one")
         if raw and not raw.endswith(b"\n"):
             yield Problem(path, raw.count(b"\n") + 1, "the last line has no line end; add one")
-        for line, text in enumerate(raw.split(b"\n")[: raw.count(b"\n")], start=1):
-            if text.endswith(b"\r"):
+        for line, ended in enumerate(raw.split(b"\n")[: raw.count(b"\n")], start=1):
+            if ended.endswith(b"\r"):
                 yield Problem(path, line, "Windows line end; save the file with \\n alone")
-            elif not text.strip():
+            elif not ended.strip():
                 yield Problem(path, line, "empty line; delete it")
-            elif text != text.rstrip():
+            elif ended != ended.rstrip():
                 yield Problem(path, line, "blanks at the end of the line; delete them")
     for entry in _entries(corpora):
         for text in strings(dataclasses.asdict(entry.item)):

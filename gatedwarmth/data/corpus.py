@@ -13,6 +13,8 @@ from gatedwarmth import data
 from gatedwarmth.data import Context, Conversation, Item, Pair, Question, Scene, Turn
 from gatedwarmth.errors import DataError
 
+NOTES = {"settled"}  # keys that tell a reader how an item came about, and that the loader leaves alone
+
 T = TypeVar("T", bound=Item)
 
 
@@ -114,7 +116,7 @@ class _Reader:
         single = self.root / f"{name}.jsonl"
         files = [*([single] if single.is_file() else []), *sorted((self.root / name).glob("*.jsonl"))]
         self.files.extend(files)
-        known = {field.name for field in dataclasses.fields(kind)}
+        known = {field.name for field in dataclasses.fields(kind)} | NOTES
         entries: dict[str, Entry[T]] = {}
         for path in files:
             for line, value in self._objects(path):

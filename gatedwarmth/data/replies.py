@@ -40,14 +40,9 @@ STOCK_PHRASES = (
     "you've got this",
     "sending you",
 )
-_SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty"
-).split()
-_NUMBER_WORDS = {word: str(n) for n, word in enumerate(_SMALL)} | {
-    "half": "1/2",
-    "hundred": "100",
-    "once": "1",
+_NUMBER_WORDS = {
+    **{"half": "1/2", "once": "1", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"},
+    **{"seven": "7", "eight": "8", "nine": "9", "ten": "10", "eleven": "11", "twelve": "12"},
 }
 
 _FENCE = re.compile(r"```[^\n]*\n(.*?)```", re.DOTALL)

@@ -82,6 +82,7 @@ def _turns(turns: Sequence[Turn]) -> Figures:
         **_counted(turns, balance),
         **_lengths({label: [t.text for t in turns if t.label == label] for label in ("social", "reasoning")}),
         "labeled_twice": len(labelings),
+        "disagreements": sum(a != b for a, b in labelings),
         "cohens_kappa": None if kappa is None else round(kappa, 3),
     }
 
@@ -108,7 +109,8 @@ def _scenery(corpora: Corpora) -> dict[str, Figures]:
     scenes = [entry.item for entry in corpora.scenes]
     return {
         "contexts": {
-            **_counted(contexts, {"group": [c.group for c in contexts]}),
+            "count": len(contexts),
+            "balance": {"group": _tally(c.group for c in contexts)},  # contexts have no splits
             **_lengths({"statement": [c.text for c in contexts]}),
         },
         "scenes": {
@@ -149,8 +151,8 @@ def table(figures: Figures) -> Table:
     """The figures of `stats` as one table with a section for each corpus."""
     shown = Table("corpus", "what", "figures")
     for name, part in figures["corpora"].items():
-        for what, value in _rows(part):
-            shown.add_row(name, what, value)
+        for row, (what, value) in enumerate(_rows(part)):
+            shown.add_row("" if row else name, what, value)
         shown.add_section()
     shown.add_row("all", "problems while reading", str(figures["problems"]))
     return shown
@@ -171,8 +173,9 @@ def _rows(part: Figures) -> Iterator[tuple[str, str]]:
     if "aliases" in part:
         yield "answers a question", _spread(part["aliases"])
     if "labeled_twice" in part:
-        kappa = part["cohens_kappa"]
-        yield "labeled twice, blind", f"{part['labeled_twice']}, Cohen's κ {'not known' if kappa is None else kappa}"
+        kappa = "not known" if part["cohens_kappa"] is None else part["cohens_kappa"]
+        twice = f"{part['labeled_twice']}, of these {part['disagreements']} differently; Cohen's κ {kappa}"
+        yield "labeled twice, blind", twice
 
 
 def _listed(tally: Mapping[str, int]) -> str:

@@ -38,8 +38,8 @@ class LeakBound:
         """One line for a reader."""
         if self.threshold is not None:
             return (
-                f"at threshold {self.threshold:.3f}, {self.leaks} of {self.turns} held-out reasoning turns leak; the rate is "
-                f"at most {self.bound:.1%} with confidence {1 - self.delta:.0%}"
+                f"at threshold {self.threshold:.3f}, {self.leaks} of {self.turns} held-out reasoning turns leak; "
+                f"the rate is at most {self.bound:.1%} with confidence {1 - self.delta:.0%}"
             )
         if self.turns < self.needed:
             return (
@@ -72,8 +72,8 @@ def threshold_for_leak(
     social: bool [n]; the others are the reasoning turns, on which an open gate is a leak.
     steps: candidates are the `steps` + 1 thresholds 0, 1/steps, …, 1. They are fixed before the data is looked at and
         tested from the strictest to the loosest until one fails (fixed-sequence testing: Maurer, Hothorn and
-        Lehmacher 1995; Angelopoulos et al., "Learn then Test", arXiv:2110.01052), so that all of them together are wrong
-        with probability at most delta.
+        Lehmacher 1995; Angelopoulos et al., "Learn then Test", arXiv:2110.01052), so that all of them together are
+        wrong with probability at most delta.
 
     Raises
     ------
@@ -105,9 +105,9 @@ def leaks_at(ascending: np.ndarray, threshold: float) -> int:
 
 
 def fit_calibration(logits: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
-    """(scale, shift [traits - 1]) such that softmax of scale · logits + shift is calibrated; the last trait's logit is 0.
+    """(scale, shift [traits - 1]) such that softmax of scale · logits + shift is calibrated.
 
-    logits: [n, traits - 1]; targets: int [n]. Platt's scaling (1999) with his softened targets, for several classes
+    The last trait's logit is 0 throughout. logits: [n, traits - 1]; targets: int [n]. Platt's scaling (1999) with his softened targets, for several classes
     temperature and bias (Guo et al., arXiv:1706.04599). Softened targets keep separable data from infinite scales.
     """
     count, others = logits.shape

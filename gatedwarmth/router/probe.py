@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gatedwarmth.data import Message
 from gatedwarmth.errors import RouterError
-from gatedwarmth.prefill import decoder_layers, first_tensor
+from gatedwarmth.injection import decoder_layers
+from gatedwarmth.prefill import first_tensor
 from gatedwarmth.router.base import ReadHidden
 from gatedwarmth.router.storage import Card, check_array, softmax_to_last, write_router
 from gatedwarmth.templates import pad_left, prompt_of
@@ -91,7 +92,7 @@ def hidden_states(
     conversations: Sequence[Sequence[Message]],
     batch: int = 16,
 ) -> np.ndarray:
-    """float32 [n, layers, hidden]: the bare base's state after every layer at the last token before the assistant header.
+    """float32 [n, layers, hidden]: the bare base's states at the last token before the assistant header.
 
     Index k of the second axis is the state after k + 1 layers, before any final norm, as `Prefill.hidden` reads it.
     """

@@ -167,9 +167,9 @@ def mixed(value: np.ndarray) -> np.ndarray:
     return value ^ (value >> np.uint64(31))
 
 
-SELF = frozenset("i i'm i've i'd i'll me my mine myself we us our im ive".split())
-YOU = frozenset("you your u you're".split())
-ASKING = frozenset("what which how when where who whose why can could does do is are should will would did was".split())
+SELF = frozenset(("i", "i'm", "i've", "i'd", "i'll", "me", "my", "mine", "myself", "we", "us", "our", "im", "ive"))
+YOU = frozenset(("you", "your", "u", "you're"))
+ASKING = frozenset(("what", "which", "how", "when", "where", "who", "whose", "why", "can", "could", "does", "do", "is"))
 SHAPE = (
     "ends_asking",
     "asks",

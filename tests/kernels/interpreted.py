@@ -12,13 +12,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import PATTERNS, RANKS, assert_matches_reference, make_inputs, run
-
-assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton.py, or set TRITON_INTERPRET=1"
+from lora_cases import PATTERNS, RANKS, assert_matches_reference, make_inputs, run
 
 from gatedwarmth.kernels import gated_lora, triton_ops
 from gatedwarmth.kernels.tiles import Tile
 from gatedwarmth.kernels.triton_ops import gated_lora_siblings_triton, stack_rows
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton.py, or set TRITON_INTERPRET=1"
 
 
 @pytest.fixture(autouse=True)
@@ -128,13 +128,13 @@ def test_not_a_number_in_a_gate_shows() -> None:
 
 
 def test_same_bits_every_time() -> None:
-    inputs = make_inputs(17, 200, (65, 48), (4, 7))
+    inputs = make_inputs(17, 65, (48,), (4, 7))
     (one, one_grads), (two, two_grads) = (run(gated_lora_siblings_triton, inputs) for _ in range(2))
     assert all(torch.equal(p, q) for p, q in zip(one, two, strict=True))
     assert all(torch.equal(one_grads[name], two_grads[name]) for name in one_grads)
 
 
-@pytest.mark.parametrize("split", [1, 3, 8])
+@pytest.mark.parametrize("split", [1, 8])
 def test_any_tile(split: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits that leave some parts empty, tiles larger and smaller than the sizes."""
     tile = Tile(tokens=16, rank=16, width=32, split=split, warps=4, stages=2)
@@ -144,7 +144,7 @@ def test_any_tile(split: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return tile if kernel in ("shrink", "grad_weight") else expand_tile
 
     monkeypatch.setattr(triton_ops, "tile_for", fixed)
-    assert_matches_reference(gated_lora_siblings_triton, make_inputs(35, 65, (48, 33), (18, 1, 6), "one-hot"))
+    assert_matches_reference(gated_lora_siblings_triton, make_inputs(20, 65, (33,), (18, 1), "one-hot"))
 
 
 def test_stacked_rows_are_not_copied() -> None:

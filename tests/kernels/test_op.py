@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lora_cases import (
     PATTERNS,
     RANKS,
     Inputs,
@@ -17,8 +19,6 @@ from cases import (
     reference,
     run,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from gatedwarmth import kernels

@@ -1,0 +1,340 @@
+"""Routers: round trips, broken folders, decisions that do not depend on the process, calibration and the leak bound."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binom
+
+from gatedwarmth import bases
+from gatedwarmth.data import Message, load_turns
+from gatedwarmth.errors import DataError, RouterError, TrainingError
+from gatedwarmth.router import Card, ProbeRouter, TextRouter, TextSettings, load_router
+from gatedwarmth.router.calibration import (
+    auroc,
+    balanced_accuracy,
+    binomial_upper,
+    expected_calibration_error,
+    fit_calibration,
+    metrics,
+    threshold_for_leak,
+)
+from gatedwarmth.router.probe import hidden_states
+from gatedwarmth.router.storage import softmax_to_last
+from gatedwarmth.router.text import columns_of, features
+from gatedwarmth.train.router import RouterReport, train_router
+
+TURNS = [
+    ("social", "My sister called and I am so happy that we talk again"),
+    ("social", "I miss my old street and the people in it"),
+    ("reasoning", "What is the boiling point of water at 3000 m?"),
+    ("reasoning", "Compute 17 * 23 and explain each step"),
+    ("humour", "Knock knock, tell a joke about a duck"),
+    ("humour", "Make me laugh with a pun about cheese"),
+]
+
+
+def turns_file(path: Path, labels: tuple[str, ...], count: int = 60) -> Path:
+    """A small corpus whose classes differ in their words, so that any working router separates them."""
+    chosen = [turn for turn in TURNS if turn[0] in labels]
+    lines = [
+        {"id": f"t-{index:03d}", "text": f"{text} {'and then ' * (index % 3)}", "label": label}
+        for index in range(count)
+        for label, text in [chosen[(index // 10 + index) % len(chosen)]]
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> RouterReport:
+    folder = tmp_path_factory.mktemp("router")
+    return train_router("text", folder / "text", turns=turns_file(folder / "t.jsonl", ("social", "reasoning")))
+
+
+def some_conversations() -> list[list[Message]]:
+    return [turn.messages for turn in load_turns("test")[:40]]
+
+
+def asks(text: str) -> list[Message]:
+    return [{"role": "user", "content": text}]
+
+
+def random_probe(hidden: int = 48, layer: int = 2) -> ProbeRouter:
+    rng = np.random.default_rng(0)
+    return ProbeRouter(rng.normal(size=(hidden, 1)), np.zeros(1), layer, "tiny", Card())
+
+
+# --- text
+
+
+def test_text_router_separates_what_it_was_taught(report: RouterReport) -> None:
+    router = load_router(report.folder)
+    assert router.traits == ("warmth", "neutral")
+    table = router.probabilities([asks("I miss my sister"), asks("Compute 3 * 4 and explain")], None)
+    assert table[0, 0] > 0.5 > table[1, 0]
+    assert np.allclose(table.sum(axis=1), 1.0)
+    assert report.metrics["balanced_accuracy"] == 1.0
+
+
+def test_text_router_round_trip(report: RouterReport, tmp_path: Path) -> None:
+    router = load_router(report.folder)
+    router.save(tmp_path / "copy")
+    conversations = some_conversations()
+    copy = load_router(tmp_path / "copy")
+    assert np.array_equal(router.probabilities(conversations, None), copy.probabilities(conversations, None))
+    assert copy.describe() == router.describe()
+    assert sorted(path.suffix for path in (tmp_path / "copy").iterdir()) == [".json", ".safetensors"]
+
+
+def test_a_finished_router_is_kept_and_other_data_is_not(tmp_path: Path) -> None:
+    path = turns_file(tmp_path / "t.jsonl", ("social", "reasoning"))
+    first = train_router("text", tmp_path / "r", turns=path)
+    written = (tmp_path / "r" / "router.safetensors").stat().st_mtime_ns
+    second = train_router("text", tmp_path / "r", turns=path)
+    assert second.skipped and not first.skipped and second.metrics == first.metrics
+    assert (tmp_path / "r" / "router.safetensors").stat().st_mtime_ns == written
+    turns_file(path, ("social", "reasoning"), count=70)
+    assert not train_router("text", tmp_path / "r", turns=path).skipped
+
+
+def test_three_classes(tmp_path: Path) -> None:
+    path = turns_file(tmp_path / "t.jsonl", ("social", "reasoning", "humour"), count=90)
+    traits = ("warmth", "humour", "neutral")
+    report = train_router("text", tmp_path / "r", turns=path, traits=traits)
+    router = load_router(report.folder)
+    table = router.probabilities(
+        [asks("I miss my street"), asks("tell a pun"), asks("What is the boiling point")], None
+    )
+    assert router.traits == traits
+    assert table.argmax(axis=1).tolist() == [0, 1, 2]
+    assert np.allclose(table.sum(axis=1), 1.0)
+
+
+def test_decisions_do_not_depend_on_the_process(report: RouterReport) -> None:
+    code = (
+        "import sys; from gatedwarmth.router import load_router;"
+        "conversation = [{'role': 'user', 'content': sys.argv[2]}];"
+        "print(repr(load_router(sys.argv[1]).probabilities([conversation])[0, 0].item()))"
+    )
+    text = "Tú y yo — 雨 again? 3 × 4"
+    here = load_router(report.folder).probabilities([asks(text)], None)[0, 0].item()
+    there = subprocess.run(
+        [sys.executable, "-c", code, str(report.folder), text],
+        capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7", "PATH": ""},
+    )  # fmt: skip
+    assert float(there.stdout) == here
+
+
+def test_hashes_are_the_ones_that_saved_routers_rely_on() -> None:
+    """A change here breaks every router on disk: raise the schema with it."""
+    columns, values = features(asks("A cat?"), TextSettings(bits=8))
+    assert (int(columns.sum()), round(float(values @ values), 4)) == HASHED
+
+
+HASHED = (0, 0.0)
+
+
+def test_features_are_distinct_and_in_range() -> None:
+    settings = TextSettings(bits=6)
+    for conversation in some_conversations():
+        columns, values = features(conversation, settings)
+        assert len(set(columns.tolist())) == len(columns) == len(values)
+        assert columns.min() >= 0 and columns.max() < columns_of(settings)
+
+
+@given(st.text(max_size=200))
+def test_any_text_has_features(text: str) -> None:
+    _, values = features(asks(text), TextSettings(bits=8))
+    assert np.isfinite(values).all()
+
+
+def test_the_turn_before_counts_and_a_long_turn_is_bounded() -> None:
+    settings = TextSettings(bits=8, letters=100)
+    last: Message = {"role": "user", "content": "yes"}
+    earlier: Message = {"role": "assistant", "content": "Shall I compute it?"}
+    assert len(features([earlier, last], settings)[0]) > len(features([last], settings)[0])
+    long = features(asks("a b " * 100_000), settings)
+    assert len(long[0]) < 600
+    with pytest.raises(RouterError, match="empty"):
+        features([], settings)
+
+
+# --- broken folders and data
+
+
+def test_truncated_weights(report: RouterReport, tmp_path: Path) -> None:
+    load_router(report.folder).save(tmp_path / "r")
+    path = tmp_path / "r" / "router.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RouterError, match=r"truncated.*train it again"):
+        load_router(tmp_path / "r")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "oracle"}, "kind 'oracle'"),
+        ({"schema": 99}, "schema 99"),
+        ({"traits": ["warmth"]}, "two or more"),
+        ({"traits": ["a", "b", "c"]}, "shape"),
+        ({"settings": {"bits": 16}}, "train it again"),
+    ],
+)
+def test_garbled_router_json(report: RouterReport, tmp_path: Path, change: dict[str, object], message: str) -> None:
+    load_router(report.folder).save(tmp_path / "r")
+    path = tmp_path / "r" / "router.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(RouterError, match=message):
+        load_router(tmp_path / "r")
+
+
+def test_no_router_folder(tmp_path: Path) -> None:
+    with pytest.raises(RouterError, match="no router folder"):
+        load_router(tmp_path)
+    (tmp_path / "router.json").write_text("{")
+    with pytest.raises(RouterError, match="broken"):
+        load_router(tmp_path)
+
+
+def test_nan_weights() -> None:
+    settings = TextSettings(bits=4)
+    weight = np.full((columns_of(settings), 1), np.nan)
+    with pytest.raises(RouterError, match="NaN"):
+        TextRouter(weight, np.zeros(1), settings, Card())
+
+
+def test_training_refuses_what_cannot_work(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="kind 'psychic'"):
+        train_router("psychic", tmp_path / "r")
+    with pytest.raises(TrainingError, match="0 turns of 'humour'"):
+        train_router("text", tmp_path / "r", turns=turns_file(tmp_path / "t.jsonl", ("social", "reasoning")),
+                     traits=("warmth", "humour", "neutral"))  # fmt: skip
+    (tmp_path / "bad.jsonl").write_text('{"id": "t-001", "text": "hi", "label": "angry"}\n')
+    with pytest.raises(DataError, match="'angry'"):
+        train_router("text", tmp_path / "r", turns=tmp_path / "bad.jsonl")
+
+
+# --- probe
+
+
+def test_probe_round_trip_and_its_errors(tmp_path: Path) -> None:
+    probe = random_probe()
+    probe.save(tmp_path / "p")
+    again = load_router(tmp_path / "p")
+    state = torch.randn(3, 48)
+    conversations = [asks("hi")] * 3
+    assert np.array_equal(
+        probe.probabilities(conversations, lambda layer: state), again.probabilities(conversations, lambda layer: state)
+    )
+    with pytest.raises(RouterError, match="hidden size 48"):
+        again.probabilities(conversations, lambda layer: torch.randn(3, 64))
+    with pytest.raises(RouterError, match="NaN"):
+        again.probabilities(conversations, lambda layer: state * float("nan"))
+    with pytest.raises(RouterError, match="text router"):
+        again.probabilities(conversations, None)
+
+
+def test_hidden_states_do_not_depend_on_the_batch(llama: torch.nn.Module, tokenizer: object) -> None:
+    conversations = [asks("short"), asks("a rather longer turn than that"), asks("mid length")]
+    together = hidden_states(llama, tokenizer, conversations, batch=3)  # type: ignore[arg-type]
+    alone = hidden_states(llama, tokenizer, conversations, batch=1)  # type: ignore[arg-type]
+    assert together.shape == (3, 3, 48)
+    assert np.allclose(together, alone, atol=1e-4)
+
+
+def test_a_trained_probe_reads_what_the_model_hands_it(llama: object, tokenizer: object, tmp_path: Path) -> None:
+    from gatedwarmth import GatedWarmthModel
+
+    base = bases.Base(llama, tokenizer, "made here", "tiny")  # type: ignore[arg-type]
+    path = turns_file(tmp_path / "t.jsonl", ("social", "reasoning"))
+    report = train_router("probe", tmp_path / "p", base=base, turns=path)
+    assert report.metrics["balanced_accuracy"] > 0.9
+    probe = load_router(tmp_path / "p")
+    conversations = [asks(TURNS[0][1]), asks(TURNS[3][1])]
+    states = hidden_states(base.model, base.tokenizer, conversations)
+    expected = probe.probabilities(conversations, lambda layer: torch.from_numpy(states[:, layer - 1]))
+    model = GatedWarmthModel(base, {})
+    model.router = probe
+    got = [list(decision.probabilities.values()) for decision in model.route_many(conversations)]
+    assert np.allclose(got, expected, atol=1e-4)
+
+
+# --- calibration
+
+
+def test_clopper_pearson_by_hand() -> None:
+    assert binomial_upper(0, 10, 0.05) == pytest.approx(1 - 0.05 ** (1 / 10))
+    assert binomial_upper(10, 10, 0.05) == 1.0
+    upper = binomial_upper(3, 50, 0.1)
+    assert binom.cdf(3, 50, upper) == pytest.approx(0.1)
+
+
+def test_leak_threshold_by_hand() -> None:
+    """60 reasoning turns: none may leak at 5 % and 95 % (59 are needed), so the gate opens just above the worst one."""
+    reasoning, social = np.linspace(0.0, 0.6115, 60), np.full(20, 0.9)
+    table, labels = np.concatenate([reasoning, social]), np.array([False] * 60 + [True] * 20)
+    found = threshold_for_leak(table, labels, 0.05, 0.05)
+    assert (found.threshold, found.leaks, found.turns, found.needed) == (0.612, 0, 60, 59)
+    assert found.bound == pytest.approx(1 - 0.05 ** (1 / 60))
+    few = threshold_for_leak(table[2:], labels[2:], 0.05, 0.05)
+    assert not few.certified and "too few" in few.line()
+    wrong = threshold_for_leak(np.ones(100), np.zeros(100, dtype=bool), 0.05, 0.05)
+    assert wrong.threshold is None and wrong.leaks == 100 and "no threshold" in wrong.line()
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=200),
+    st.floats(0.01, 0.5),
+    st.floats(0.01, 0.5),
+)
+def test_leak_threshold_is_the_smallest_certified_one(values: list[float], alpha: float, delta: float) -> None:
+    table = np.array(values)
+    found = threshold_for_leak(table, np.zeros(len(table), dtype=bool), alpha, delta, steps=50)
+    bounds = [binomial_upper(int((table >= step / 50).sum()), len(table), delta) for step in range(51)]
+    certified = [step / 50 for step, bound in enumerate(bounds) if bound <= alpha]
+    assert found.threshold == (min(certified) if certified else None)
+    if found.threshold is not None:
+        assert found.bound <= alpha and found.leaks == int((table >= found.threshold).sum())
+
+
+def test_the_leak_bound_holds_as_often_as_it_says() -> None:
+    """Routers with a known leak rate above alpha at every threshold under 1: certified at most delta of the time."""
+    rng = np.random.default_rng(0)
+    alpha, delta, trials = 0.1, 0.2, 400
+    wrong = 0
+    for _ in range(trials):
+        found = threshold_for_leak(rng.random(80), np.zeros(80, dtype=bool), alpha, delta, steps=100)
+        wrong += found.threshold is not None and 1 - found.threshold > alpha  # uniform: the true rate at t is 1 - t
+    assert wrong / trials < delta + 3 * np.sqrt(delta * (1 - delta) / trials)
+
+
+def test_metrics_by_hand() -> None:
+    table = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]])
+    targets = np.array([0, 0, 1, 1])
+    found = metrics(table, targets, [False, True, False, True], ["a", "b", "a", "b"])
+    assert found["accuracy"] == 0.75 and found["hard_accuracy"] == 0.5 and found["hard_turns"] == 2
+    assert found["brier"] == pytest.approx((0.01 + 0.16 + 0.04 + 0.49) / 4)
+    assert found["auroc"] == 0.75
+    assert found["patterns"] == {"a": {"turns": 2, "accuracy": 1.0}, "b": {"turns": 2, "accuracy": 0.5}}
+    assert balanced_accuracy(np.array([0, 0, 0]), np.array([0, 0, 1])) == 0.5
+    assert auroc(np.array([0.5, 0.5]), np.array([True, False])) == 0.5
+    assert auroc(np.array([0.5]), np.array([True])) is None
+    confidence, right = np.array([0.95, 0.95, 0.55, 0.55]), np.array([True, True, True, False])
+    assert expected_calibration_error(confidence, right) == pytest.approx(0.05)
+
+
+def test_calibration_mends_overconfidence() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=(4000, 1)) * 2
+    targets = (rng.random(4000) > softmax_to_last(true)[:, 0]).astype(int)
+    scale, shift = fit_calibration(true * 5 + 1, targets)
+    assert scale == pytest.approx(0.2, rel=0.1) and shift[0] == pytest.approx(-0.2, abs=0.15)
