@@ -72,11 +72,11 @@ QUICK = Plan(
 FULL = Plan(
     pairs=0,
     attempts=(
-        AdapterSettings("warm", rank=16, lr=5e-4, epochs=2.0),
+        AdapterSettings("warm", rank=16, lr=1e-3, epochs=1.0),
         AdapterSettings("warm", rank=32, alpha=64.0, lr=1e-3, epochs=3.0),
         AdapterSettings("warm", rank=32, alpha=64.0, lr=2e-3, epochs=3.0),
     ),
-    neutral=AdapterSettings("neutral", rank=16, lr=5e-4, epochs=1.0),
+    neutral=AdapterSettings("neutral", rank=16, lr=1e-3, epochs=1.0),
     check=EvalSettings(
         arms=("base", "warm"),
         tasks=("warmth",),

@@ -204,6 +204,7 @@ class GateSchedule:
     offset: column of the first token given to the call, where only the tokens after a cache were given.
     later: [batch, traits], for a handoff: the gates after the opening. switched: int64 [rows], the column from which
         they hold in each row; NEVER while the end of the opening is not known.
+    switch_at: row → number of generated tokens in its opening, once it is over.
     """
 
     rows: Tensor
@@ -211,6 +212,7 @@ class GateSchedule:
     prompt: Tensor | None = None
     later: Tensor | None = None
     switched: Tensor | None = None
+    switch_at: dict[int, int] = field(default_factory=dict)
     offset: int = 0
 
     def __post_init__(self) -> None:

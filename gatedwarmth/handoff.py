@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from gatedwarmth.errors import GateError
-from gatedwarmth.gates import GateSchedule, Policy, sentence_ends
+from gatedwarmth.gates import NEVER, GateSchedule, Policy, sentence_ends
 
 
 class HandoffWatch(LogitsProcessor):
@@ -39,10 +39,10 @@ class HandoffWatch(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         generated = input_ids[:, self.prompt_length :]
         if self.schedule.switched is None:
-            self.schedule.switched = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        for row in (~self.schedule.switched).nonzero().flatten().tolist():
+            self.schedule.switched = torch.full((input_ids.shape[0],), NEVER, device=input_ids.device)
+        for row in (self.schedule.switched == NEVER).nonzero().flatten().tolist():
             if self._opening_over(generated[row]):
-                self.schedule.switched[row] = True
+                self.schedule.switched[row] = self.schedule.offset + input_ids.shape[1]
                 self.schedule.switch_at[row] = int(generated.shape[1])
         return scores
 

@@ -18,7 +18,7 @@ from gatedwarmth import bases, folders
 from gatedwarmth.adapters import Adapter, load_adapter
 from gatedwarmth.data import Message
 from gatedwarmth.errors import GatedWarmthError, GateError, RouterError
-from gatedwarmth.gates import SCOPES, GatePlan, GateSchedule, Policy, Scope, gates_tensor, policy_from_name
+from gatedwarmth.gates import SCOPES, GatePlan, GateSchedule, PassGates, Policy, Scope, gates_tensor, policy_from_name
 from gatedwarmth.handoff import HandoffWatch
 from gatedwarmth.injection import decoder_layers, inject
 from gatedwarmth.prefill import Prefill, first_tensor
@@ -73,7 +73,7 @@ class GatedWarmthModel(nn.Module):
         self.injection = inject(base.model, adapters)
         self.base: PreTrainedModel = base.model
         self._hook = self.base.register_forward_pre_hook(self._set_plan, with_kwargs=True)
-        self._schedule: GateSchedule | None = None
+        self._schedule: GateSchedule | PassGates | None = None
         self._lock = threading.RLock()
         self._overrides: ContextVar[dict[str, float] | None] = ContextVar("overrides", default=None)
         self.eval()
@@ -210,8 +210,9 @@ class GatedWarmthModel(nn.Module):
     @torch.no_grad()
     def generate_with(self, schedule: GateSchedule, length: int, **kwargs: Any) -> Any:
         """transformers' generate under a schedule of one's own; `length`: columns of the prompt."""
-        cache = kwargs.get("cache") if kwargs.get("cache") is not None else kwargs.get("past_key_values")
-        schedule.seen = int(cache.get_seq_length()) if cache is not None else 0
+        mask = kwargs.get("attention_mask")
+        if mask is not None and kwargs.get("input_ids") is not None:  # a longer mask: only the tokens after a cache
+            schedule.offset = max(0, int(mask.shape[1]) - int(kwargs["input_ids"].shape[1]))
         if schedule.later is not None:
             watch = HandoffWatch(schedule, self.policy, self.tokenizer, length)
             watch.check(kwargs)
@@ -287,7 +288,7 @@ class GatedWarmthModel(nn.Module):
     # --- from here on: how a call's gates reach the layers
 
     @contextmanager
-    def _in_force(self, schedule: GateSchedule | None) -> Iterator[None]:
+    def _in_force(self, schedule: GateSchedule | PassGates | None) -> Iterator[None]:
         """One call at a time: a second thread waits, so that it never runs under another's gates."""
         if self.base is not None and not self.injection.layers and self.traits:
             raise GatedWarmthError("this model was unwrapped; wrap its base again with from_pretrained")
@@ -308,16 +309,15 @@ class GatedWarmthModel(nn.Module):
             return None
         ids = kwargs.get("input_ids")
         tokens = ids if ids is not None else args[0] if args else kwargs["inputs_embeds"]
-        return self._schedule.plan(int(tokens.shape[0]), int(tokens.shape[1]))
+        first = cached_columns(kwargs) if self._schedule.needs_first() else 0
+        return self._schedule.plan(int(tokens.shape[0]), int(tokens.shape[1]), first)
 
-    def _forward_schedule(self, gates: Gates | None, batch: int, tokens: int) -> GateSchedule | None:
+    def _forward_schedule(self, gates: Gates | None, batch: int, tokens: int) -> PassGates | None:
         if gates is None and not self._overrides.get():
             return None
         given = self._overridden(gates if gates is not None else {}, batch)
         tensor = gates_tensor(given, self.traits, batch, tokens).to(self.device)
-        if tensor.dim() == 3:
-            return GateSchedule(tensor[:, -1], prompt=tensor)
-        return GateSchedule(tensor, prompt=tensor[:, None].expand(-1, tokens, -1) if tensor.requires_grad else None)
+        return PassGates(tensor if tensor.dim() == 3 else tensor[:, None])
 
     def _schedule_for(
         self, prompts: Sequence[Prompt], rows: Tensor, prefill: Prefill, later: Tensor | None
@@ -370,6 +370,13 @@ class GatedWarmthModel(nn.Module):
             raise GateError("inputs_embeds have no text for a router to read; give gates")
         texts = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
         return [[{"role": "user", "content": text}] for text in texts]
+
+
+def cached_columns(kwargs: Mapping[str, Any]) -> int:
+    """How many columns the cache among a pass's arguments holds; generate without a cache starts anew every time."""
+    cache = kwargs.get("cache")
+    cache = cache if cache is not None else kwargs.get("past_key_values")
+    return int(cache.get_seq_length()) if cache is not None else 0
 
 
 def decision_of(

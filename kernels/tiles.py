@@ -89,7 +89,7 @@ def static_tile(kernel: str, key: str) -> Tile:
     """A configuration from reasoning alone.
 
     Few tokens: 16-token tiles (the least a tensor core takes) and enough programs, by narrow tiles or partial sums, for
-    the 108 to 132 multiprocessors of a card. Many tokens: the accumulator stays at 64 registers a thread, so that it
+    the 108 to 132 multiprocessors of a card. Many tokens: the accumulator stays at 32 registers a thread, so that it
     does not spill, and all pipeline stages fit in 64 KiB of shared memory. float32 multiplies on the plain cores, where
     large tiles only cost registers.
     """
@@ -107,7 +107,7 @@ def static_tile(kernel: str, key: str) -> Tile:
     if kernel == "expand":  # one stage for few tokens: a loop of one or two turns has nothing to overlap
         if tokens == "few":
             return Tile(16, columns, 32, 1, 4, 1)
-        return Tile(32, columns, 64, 1, 4, 1) if tokens == "some" else Tile(64, columns, 128, 1, 4, 2)
+        return Tile(32, columns, 64, 1, 4, 1) if tokens == "some" else Tile(64, columns, 128, 1, 8, 2)
     if kernel == "grad_shrunk":
         edge = {"few": 16, "some": 32, "many": 64}[tokens]
         return Tile(edge, columns, 64, 1, 4, 3)

@@ -129,19 +129,25 @@ def expand_layer(
 
     Going trait by trait keeps the masks aligned: with a mask of open columns, B came in 2-byte loads.
     """
-    rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    features = tile * BLOCK_W + tl.arange(0, BLOCK_W)
-    row_ok, feature_ok = rows < tokens, features < width
-    wide_rows = rows.to(tl.int64)
+    # 64-bit offsets are scalars, those inside the tile 32-bit: per-element 64-bit ones pushed registers to the stack.
+    first_row = (tl.program_id(1) * BLOCK_T).to(tl.int64)
+    first_feature = (tile * BLOCK_W).to(tl.int64)
+    row, feature = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_W)
+    row_ok, feature_ok = row < tokens - first_row, feature < width - first_feature
     ok = row_ok[:, None] & feature_ok[None, :]
+    s += first_row * rank
+    b += first_feature * b_stride_w
+    gates += first_row * gates_stride_t
+    y += first_row * width + first_feature
     if residual is None:
         total = tl.zeros((BLOCK_T, BLOCK_W), dtype=tl.float32)
     else:
-        at = residual + wide_rows[:, None] * residual_stride_t + features[None, :]
+        residual += first_row * residual_stride_t + first_feature
+        at = residual + row[:, None] * residual_stride_t + feature[None, :]
         total = tl.load(at, mask=ok, other=0.0).to(tl.float32)
     offset = tl.multiple_of(tl.load(starts + segment), ALIGN)
     for i in range(segment, segment + segments):
-        gate_at = gates + wide_rows * gates_stride_t + (i % traits) * gates_stride_e
+        gate_at = gates + row * gates_stride_t + (i % traits) * gates_stride_e
         gate = tl.load(gate_at, mask=row_ok, other=0.0).to(tl.float32)
         if open_along(gate, 0) > 0:
             begin = tl.multiple_of(tl.load(starts + i), ALIGN)
@@ -149,7 +155,7 @@ def expand_layer(
             for c in range(begin, end, BLOCK_R):
                 columns = tl.multiple_of(c, ALIGN) + tl.arange(0, BLOCK_R)
                 column_ok = columns < end
-                s_at = s + wide_rows[:, None] * rank + columns[None, :]
+                s_at = s + row[:, None] * rank + columns[None, :]
                 s_ok = row_ok[:, None] & column_ok[None, :]
                 if SPLIT == 1:
                     s_tile = tl.load(s_at, mask=s_ok, other=0.0)
@@ -158,10 +164,10 @@ def expand_layer(
                     s_parts = tl.load(parts[:, None, None] + s_at[None, :, :], mask=s_ok[None, :, :], other=0.0)
                     s_tile = gated(tl.sum(s_parts, axis=0), gate[:, None])
                 inside = columns - offset
-                b_at = b + features.to(tl.int64)[None, :] * b_stride_w + inside[:, None] * b_stride_r
+                b_at = b + feature[None, :] * b_stride_w + inside[:, None] * b_stride_r
                 b_tile = tl.load(b_at, mask=column_ok[:, None] & feature_ok[None, :], other=0.0)
                 total = tl.dot(s_tile.to(b_tile.dtype), b_tile, total, input_precision="ieee")
-    tl.store(y + wide_rows[:, None] * width + features[None, :], total.to(y.dtype.element_ty), mask=ok)
+    tl.store(y + row[:, None] * width + feature[None, :], total.to(y.dtype.element_ty), mask=ok)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from gatedwarmth import GatedWarmthModel, bases
 from gatedwarmth.adapters import save_adapter
-from gatedwarmth.data import Pair, data_hash
+from gatedwarmth.data import Pair
 from gatedwarmth.errors import TrainingError
 from gatedwarmth.files import write_json_atomic
 from gatedwarmth.gates import Scope
@@ -325,6 +325,10 @@ def finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return report if same else None
 
 
-def fingerprint(value: Any) -> str:
-    """A short hash of JSON-ready settings."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+def target_hash(pairs: Sequence[Pair], style: str) -> str:
+    """SHA-256 over what training sees of the pairs: prompts and the replies of one style."""
+    digest = hashlib.sha256()
+    for pair in pairs:
+        seen = [pair.id, pair.messages, pair.replies.get(style)]
+        digest.update(json.dumps(seen, sort_keys=True, ensure_ascii=False).encode())
+    return digest.hexdigest()

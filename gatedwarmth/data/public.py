@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gatedwarmth.errors import DataError
 
@@ -83,7 +83,8 @@ def _clean(text: str) -> list[str]:
     return [re.sub(r"^\s*\d\.0 \d+ \d+\s+(\[[^\]]*\]\s*)?", "", part) for part in parts]
 
 
-def _separated(delimiter: str, quoting: int) -> Callable[[str], Iterator[str]]:
+def _separated(delimiter: str, quoting: Literal[0, 3]) -> Callable[[str], Iterator[str]]:
+    # 0: fields may stand in quotes (csv.QUOTE_MINIMAL); 3: a quote is a character like others (csv.QUOTE_NONE)
     def read(raw: str) -> Iterator[str]:
         for row in csv.reader(io.StringIO(raw, newline=""), delimiter=delimiter, quoting=quoting):
             yield from row
@@ -115,8 +116,8 @@ def strings(value: Any) -> Iterator[str]:
 
 
 _READERS: dict[str, Callable[[str], Iterator[str]]] = {
-    ".csv": _separated(",", csv.QUOTE_MINIMAL),
-    ".tsv": _separated("\t", csv.QUOTE_NONE),
+    ".csv": _separated(",", 0),
+    ".tsv": _separated("\t", 3),
     ".json": _json,
     ".jsonl": _json_lines,
 }

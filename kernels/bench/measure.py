@@ -162,9 +162,7 @@ def measure(
     return [
         Measured(case, c.name, baseline=baseline, error=errors[c.name], note=c.note)
         if c.name in errors
-        else Measured(
-            case, c.name, summary(times[c.name]), _ratio(times, c.name, baseline), baseline, note=c.note
-        )
+        else Measured(case, c.name, summary(times[c.name]), _ratio(times, c.name, baseline), baseline, note=c.note)
         for c in contenders
     ]
 

@@ -1,0 +1,171 @@
+"""What `bench model` compares: the base, the gated model, and the ways to mix LoRAs that PEFT offers today.
+
+Every subject has a copy of the base of its own, so that none sees what another does to its weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from peft import ArrowConfig, PeftModel, XLoraConfig, create_arrow_model, get_peft_model
+from torch import nn
+
+from gatedwarmth import GatedWarmthModel, bases
+from gatedwarmth.adapters import Adapter, cast, save_adapter
+from gatedwarmth.injection import fresh_adapter
+
+Arguments = dict[str, Any]
+TRAITS = ("warmth", "neutral")
+
+
+def no_arguments(batch: int) -> Arguments:
+    return {}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that is called like a causal language model.
+
+    arguments: batch size → the keyword arguments that it needs besides input_ids. cached: whether its generation
+    keeps a key-value cache; one that does not computes the whole context at every step.
+    """
+
+    module: nn.Module
+    arguments: Callable[[int], Arguments] = no_arguments
+    cached: bool = True
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A base and two random adapters, in memory and as PEFT folders, from which subjects are made.
+
+    autocast: let PEFT keep adapters of a bfloat16 base in float32, as it does unless told otherwise.
+    """
+
+    base: bases.Base
+    adapters: tuple[Adapter, ...]
+    folders: tuple[Path, ...]
+    autocast: bool = False
+
+    @classmethod
+    def open(cls, base: bases.Base, folder: Path, rank: int, autocast: bool = False) -> Workshop:
+        """Write the adapters of TRAITS, of this rank on every linear layer, to `folder`."""
+        dtype = base.model.dtype
+        adapters = tuple(cast(acting_adapter(base.model, rank, seed), dtype) for seed in range(len(TRAITS)))
+        folders = tuple(folder / trait for trait in TRAITS)
+        for adapter, path in zip(adapters, folders, strict=True):
+            save_adapter(adapter, path)
+        return cls(base, adapters, folders, autocast)
+
+    def copy(self) -> Any:
+        """The base model once more."""
+        return copy.deepcopy(self.base.model)
+
+    @property
+    def adapter_bytes(self) -> int:
+        return sum(w.a.nbytes + w.b.nbytes for adapter in self.adapters for w in adapter.layers.values())
+
+    @cached_property
+    def gated(self) -> GatedWarmthModel:
+        """One gated model for every pattern of gates."""
+        return GatedWarmthModel(replace(self.base, model=self.copy()), dict(zip(TRAITS, self.adapters, strict=True)))
+
+    @property
+    def gated_note(self) -> str:
+        return f"adapters' weights: {self.adapter_bytes} bytes"
+
+
+def acting_adapter(base: nn.Module, rank: int, seed: int) -> Adapter:
+    """A random adapter that changes the base's output: lora_B is small and random, not zero."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    adapter = fresh_adapter(base, rank, 2.0 * rank, seed=seed)
+    layers = {
+        path: replace(weights, b=torch.randn(weights.b.shape, generator=generator) * 0.01)
+        for path, weights in adapter.layers.items()
+    }
+    return replace(adapter, layers=layers)
+
+
+def plain_base(workshop: Workshop) -> Subject:
+    return Subject(workshop.base.model)
+
+
+def gated_mixed(workshop: Workshop) -> Subject:
+    def arguments(batch: int) -> Arguments:
+        warmth = torch.arange(1, batch + 1) / (batch + 1)
+        return {"gates": torch.stack([warmth, 1 - warmth], dim=1)}
+
+    return Subject(workshop.gated, arguments, note=workshop.gated_note)
+
+
+def gated_constant(workshop: Workshop) -> Subject:
+    return Subject(
+        workshop.gated, lambda batch: {"gates": torch.tensor([[0.7, 0.3]]).repeat(batch, 1)}, note=workshop.gated_note
+    )
+
+
+def gated_zero(workshop: Workshop) -> Subject:
+    return Subject(workshop.gated, lambda batch: {"gates": torch.zeros(batch, 2)}, note=workshop.gated_note)
+
+
+def peft_one(workshop: Workshop) -> Subject:
+    return Subject(_peft(workshop, count=1), note="one of the two adapters, on every row")
+
+
+def peft_names(workshop: Workshop) -> Subject:
+    return Subject(
+        _peft(workshop, count=2),
+        lambda batch: {"adapter_names": [TRAITS[row % 2] for row in range(batch)]},
+        note="one adapter a row, no mixture",
+    )
+
+
+def peft_xlora(workshop: Workshop) -> Subject:
+    model = workshop.copy()
+    model.config.use_cache = False  # X-LoRA refuses anything else
+    config = XLoraConfig(
+        task_type="CAUSAL_LM",
+        hidden_size=model.config.get_text_config().hidden_size,
+        # other names than digits raise KeyError
+        adapters={str(index): str(folder) for index, folder in enumerate(workshop.folders)},
+    )
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=workshop.autocast)
+    return Subject(wrapped.eval(), cached=False, note="without a cache, as its generate runs")
+
+
+def peft_arrow(workshop: Workshop) -> Subject:
+    folders = [str(folder) for folder in workshop.folders]
+    config = ArrowConfig(top_k=len(folders))
+    model = create_arrow_model(workshop.copy(), folders, config, autocast_adapter_dtype=workshop.autocast)
+    return Subject(model.eval(), note="weights of a token sum to 1")
+
+
+BASE = "base"
+SUBJECTS: Mapping[str, Callable[[Workshop], Subject]] = MappingProxyType(
+    {
+        BASE: plain_base,
+        "gated, a gate per row": gated_mixed,
+        "gated, one gate": gated_constant,
+        "gated, all zero": gated_zero,
+        "PEFT, one adapter": peft_one,
+        "PEFT adapter_names": peft_names,
+        "PEFT X-LoRA": peft_xlora,
+        "PEFT Arrow": peft_arrow,
+    }
+)
+
+
+def _peft(workshop: Workshop, count: int) -> PeftModel:
+    options: Any = {"autocast_adapter_dtype": workshop.autocast}
+    model = PeftModel.from_pretrained(workshop.copy(), str(workshop.folders[0]), adapter_name=TRAITS[0], **options)
+    for trait, folder in list(zip(TRAITS, workshop.folders, strict=True))[1:count]:
+        model.load_adapter(str(folder), adapter_name=trait, **options)
+    return model.eval()
