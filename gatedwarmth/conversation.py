@@ -108,7 +108,12 @@ class Conversation:
         try:
             value = json.loads(Path(path).read_text(encoding="utf-8"))
             replies = [TurnGates(**turn) for turn in value["replies"]]
-            return cls(model, [Message(**m) for m in value["messages"]], replies, bool(value["window"]))
+            return cls(
+                model,
+                [Message(role=m["role"], content=m["content"]) for m in value["messages"]],
+                replies,
+                bool(value["window"]),
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConversationError(f"{path} is no saved conversation ({error}); give a file that save wrote") from None
 
@@ -169,7 +174,7 @@ class Conversation:
         switch = schedule.switch_at.get(0)
         generated = self._row_gates(schedule, switch, cached - len(prompt.ids))
         self.ids, self.gates = sequence[:cached], torch.cat([wanted, generated])
-        text = self.model.tokenizer.decode(sequence[len(prompt.ids) :], skip_special_tokens=True)
+        text = str(self.model.tokenizer.decode(sequence[len(prompt.ids) :], skip_special_tokens=True))
         return text.strip(), switch
 
     def _decide(self, prompt: Prompt) -> Decision:

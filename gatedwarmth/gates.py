@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -178,6 +179,15 @@ class GatesInForce:
     """What every GatedLinear of one model looks at: the plan of the pass under way, None for the bare base."""
 
     plan: GatePlan | None = None
+
+    @contextmanager
+    def holding(self, plan: GatePlan | None) -> Iterator[None]:
+        """Inside the block `plan` is in force, whatever pass came last."""
+        before, self.plan = self.plan, plan
+        try:
+            yield
+        finally:
+            self.plan = before
 
 
 @dataclass

@@ -49,5 +49,5 @@ class HandoffWatch(LogitsProcessor):
     def _opening_over(self, ids: Tensor) -> bool:
         if self.policy.tokens:
             return len(ids) >= self.policy.tokens
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         return sentence_ends(text) >= self.policy.sentences

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gatedwarmth.adapters import Adapter, LoraWeights
 from gatedwarmth.errors import AdapterError
 from gatedwarmth.gates import GatesInForce
-from gatedwarmth.layers import GatedLinear, Siblings
+from gatedwarmth.layers import GatedLinear, Sees, Siblings
 
 # Modules of one parent that read the same tensor, in the order in which transformers calls them.
 SIBLINGS = (
@@ -23,6 +24,10 @@ SIBLINGS = (
     ("wq", "wk", "wv"),
     ("w1", "w3"),
 )
+
+
+# What transformers calls the linear layer that chooses a token's experts; adapters leave it alone unless they name it.
+ROUTERS = {"gate", "router", "router_gate", "shared_expert_gate", "modality_router", "wg"}
 
 
 @dataclass
@@ -66,7 +71,8 @@ def inject(base: nn.Module, adapters: Mapping[str, Adapter]) -> Injection:
     for name, adapter in adapters.items():
         _check(base, name, adapter)
     in_force = GatesInForce()
-    layers = {path: _gated(base.get_submodule(path), path, list(adapters.values()), in_force) for path in paths}
+    stacked = list(adapters.values())
+    layers = {path: _gated(base.get_submodule(path), path, stacked, in_force, _sees(base, path)) for path in paths}
     for path, layer in layers.items():
         _set_module(base, path, layer)
     _group(layers)
@@ -87,6 +93,10 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def _check(base: nn.Module, name: str, adapter: Adapter) -> None:
     modules = dict(base.named_modules())
+    if any(isinstance(module, GatedLinear) for module in modules.values()):
+        raise AdapterError("this base is already gated; unwrap() the model around it first, or wrap a fresh base")
+    if any(isinstance(module, BaseTunerLayer) for module in modules.values()):
+        raise AdapterError("this model carries PEFT layers; merge_and_unload() or unload() them, then wrap the base")
     missing = [path for path in adapter.layers if path not in modules]
     if missing:
         raise AdapterError(
@@ -111,25 +121,38 @@ def _paths_in_model_order(base: nn.Module, adapters: Mapping[str, Adapter]) -> l
     return [path for path, _ in base.named_modules() if path in wanted]
 
 
-def _gated(module: nn.Module, path: str, adapters: list[Adapter], in_force: GatesInForce) -> GatedLinear:
+def _gated(module: nn.Module, path: str, adapters: list[Adapter], in_force: GatesInForce, sees: Sees) -> GatedLinear:
     n_in, n_out = linear_shape(module) or (0, 0)
-    device, dtype = _placement(module)
-    parts = [adapter.layers.get(path) or _nothing(n_in, n_out) for adapter in adapters]
+    device, dtype = _placement(module, path)
+    parts = [adapter.layers.get(path) or _nothing(adapter, n_in, n_out) for adapter in adapters]
     a = torch.cat([part.a.to(device, dtype) for part in parts])
     b = torch.cat([part.b.to(device, dtype) for part in parts], dim=1)
     ranks = tuple(part.rank for part in parts)
-    return GatedLinear(module, a, b, ranks, tuple(part.scaling for part in parts), in_force)
+    return GatedLinear(module, a, b, ranks, tuple(part.scaling for part in parts), in_force, sees)
 
 
-def _placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+def _sees(base: nn.Module, path: str) -> Sees:
+    """The output layer sees what logits_to_keep leaves; a list of modules inside a decoder layer is one of experts."""
+    if base.get_submodule(path) is base.get_output_embeddings():  # type: ignore[operator]
+        return "last"
+    names = path.split(".")
+    lists = sum(isinstance(base.get_submodule(".".join(names[:n])), nn.ModuleList) for n in range(1, len(names)))
+    return "some" if lists > 1 else "all"
+
+
+def _placement(module: nn.Module, path: str) -> tuple[torch.device, torch.dtype]:
     """Adapters live where the base weight lives, in its dtype; beside a quantised weight in float32."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    if weight.device.type == "meta":
+        raise AdapterError(f"the weight of {path!r} is not in memory (offloaded); load the base without offloading")
     return weight.device, weight.dtype if plain else torch.float32
 
 
-def _nothing(n_in: int, n_out: int) -> LoraWeights:
-    return LoraWeights(torch.zeros(0, n_in), torch.zeros(n_out, 0), 1.0)
+def _nothing(adapter: Adapter, n_in: int, n_out: int) -> LoraWeights:
+    """Rank 0, with the adapter's usual scaling: siblings share their work only when their scalings agree."""
+    usual = next((layer.scaling for layer in adapter.layers.values()), 1.0)
+    return LoraWeights(torch.zeros(0, n_in), torch.zeros(n_out, 0), usual)
 
 
 def _group(layers: dict[str, GatedLinear]) -> None:
@@ -153,7 +176,8 @@ def _set_module(base: nn.Module, path: str, module: nn.Module) -> None:
 def fresh_adapter(base: nn.Module, rank: int, alpha: float, targets: Sequence[str] = (), seed: int = 0) -> Adapter:
     """A new adapter that acts as zero: lora_A random (Kaiming, as PEFT), lora_B zero, float32.
 
-    targets: ends of module names such as "q_proj"; empty means every linear layer inside the decoder layers.
+    targets: ends of module names such as "q_proj"; empty means every linear layer inside the decoder layers but the
+        routers of a mixture of experts.
     """
     generator = torch.Generator().manual_seed(seed)
     layers = {}
@@ -167,7 +191,7 @@ def fresh_adapter(base: nn.Module, rank: int, alpha: float, targets: Sequence[st
 
 
 def target_paths(base: nn.Module, targets: Sequence[str] = ()) -> list[str]:
-    """Paths of the linear layers that `targets` name, or of all inside the decoder layers.
+    """Paths of the linear layers that `targets` name, or of all inside the decoder layers but routers of experts.
 
     Raises
     ------
@@ -177,7 +201,8 @@ def target_paths(base: nn.Module, targets: Sequence[str] = ()) -> list[str]:
     prefix = next(path for path, module in base.named_modules() if module is stack) + "."
     linear = [path for path, module in base.named_modules() if linear_shape(module)]
     if not targets:
-        return [path for path in linear if path.startswith(prefix)]
+        inside = [path for path in linear if path.startswith(prefix)]
+        return [path for path in inside if path.rpartition(".")[2] not in ROUTERS]
     for target in targets:
         if not any(_ends_with(path, target) for path in linear):
             names = sorted({path.rpartition(".")[2] for path in linear})
@@ -188,7 +213,8 @@ def target_paths(base: nn.Module, targets: Sequence[str] = ()) -> list[str]:
 def decoder_layers(base: nn.Module) -> nn.ModuleList:
     """The base's stack of decoder layers: the first module list as long as the configuration says."""
     count = base.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
-    for module in base.modules():
+    decoder: nn.Module = base.get_decoder()  # type: ignore[operator]
+    for module in decoder.modules():  # not the base's: a vision tower may have a list of the same length
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise AdapterError(f"{type(base).__name__} has no list of {count} decoder layers; name the target modules yourself")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,10 @@ from gatedwarmth.kernels import gated_lora_siblings
 # Up to this many tokens q/k/v (or gate/up) and their A run as one product: fewer calls matter more than a copy there.
 FUSED_TOKENS = 64
 
+# Which tokens of a pass a layer is handed: all of them; some, in an order of its own (an expert of a mixture); or the
+# last columns (the output layer, under logits_to_keep).
+Sees = Literal["all", "some", "last"]
+
 
 class GatedLinear(nn.Module):
     """A linear base module plus its traits' LoRAs, stacked along the rank.
@@ -25,7 +29,7 @@ class GatedLinear(nn.Module):
     base: nn.Linear, transformers' Conv1D or a quantised linear; called as it is, never changed.
     a: [R, in], b: [out, R]: the traits' lora_A rows and lora_B columns in the model's trait order.
     ranks, scalings: one entry a trait; rank 0 where a trait leaves this layer alone.
-    in_force: where the gates of the pass under way are found.
+    in_force: where the gates of the pass under way are found. sees: which tokens of a pass the layer is handed.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class GatedLinear(nn.Module):
         ranks: tuple[int, ...],
         scalings: tuple[float, ...],
         in_force: GatesInForce,
+        sees: Sees = "all",
     ) -> None:
         super().__init__()
         self.base = base
@@ -43,7 +48,7 @@ class GatedLinear(nn.Module):
         self.b = nn.Parameter(b, requires_grad=False)
         self.ranks, self.scalings = ranks, scalings
         self.dropout = 0.0
-        self.in_force = in_force
+        self.in_force, self.sees = in_force, sees
         self.siblings = Siblings([self])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -81,31 +86,32 @@ class Siblings:
     """GatedLinears that read one input, in the order in which they are called; most have no sibling.
 
     The first one called computes all outputs and the others pick theirs up. That is right only while they are handed
-    the very same tensor; another tensor simply starts anew.
+    the very same tensor in the very same pass; another tensor or pass simply starts anew.
     """
 
     def __init__(self, members: list[GatedLinear]) -> None:
         self.members = members
         self._ready: dict[int, Tensor] = {}
         self._input: Tensor | None = None
+        self._plan: GatePlan | None = None
         self._fused: Fused | None = None
 
     def output(self, member: GatedLinear, x: Tensor, plan: GatePlan) -> Tensor:
         """The output of `member` for x [..., in]."""
         if len(self.members) == 1 or torch.compiler.is_compiling():
             return self._outputs([member], x, plan)[0]
-        if self._input is not x or id(member) not in self._ready:
-            self._input = x
+        if self._input is not x or self._plan is not plan or id(member) not in self._ready:
+            self._input, self._plan = x, plan
             outputs = self._outputs(self.members, x, plan)
             self._ready = {id(m): y for m, y in zip(self.members, outputs, strict=True)}
         y = self._ready.pop(id(member))
         if not self._ready:
-            self._input = None
+            self._input = self._plan = None
         return y
 
     def forget(self) -> None:
         """Let go of outputs that nobody picked up."""
-        self._ready, self._input = {}, None
+        self._ready, self._input, self._plan = {}, None, None
 
     def split(self) -> None:
         """Give fused base weights storage of their own again, bit for bit."""
@@ -114,7 +120,8 @@ class Siblings:
             self._fused = None
 
     def _outputs(self, members: list[GatedLinear], x: Tensor, plan: GatePlan) -> list[Tensor]:
-        if torch.is_grad_enabled() or x.dim() != 3 or x.shape[:2] != (plan.batch, plan.tokens):
+        placed = x.dim() == 3 and x.shape[:2] == (plan.batch, plan.tokens) and members[0].sees != "some"
+        if torch.is_grad_enabled() or not placed:
             return _differentiable(members, x, plan)
         few = plan.start == 0 and x.shape[0] * x.shape[1] <= FUSED_TOKENS
         few = few and not torch.is_autocast_enabled(x.device.type)  # the fused product has one dtype
@@ -126,18 +133,29 @@ class Siblings:
         return _tail(members, x, plan)
 
     def _can_fuse(self, x: Tensor) -> bool:
-        return all(type(m.base) is nn.Linear and m.base.weight.dtype == x.dtype == m.a.dtype for m in self.members)
+        if self._fused is not None:
+            return self._fused.matrix.dtype == x.dtype
+        # A sharded model owns its weights' storage, so nothing may be moved there.
+        sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return not sharded and all(_is_plain(m.base) and _alike(m.base.weight, m.a, x) for m in self.members)
+
+
+def _is_plain(base: nn.Module) -> bool:
+    """A linear whose forward is the product alone: not quantised or parametrised, no hooks (nor accelerate's)."""
+    hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base)
+    return type(base) is nn.Linear and type(base.weight) is nn.Parameter and not hooked
+
+
+def _alike(*tensors: Tensor) -> bool:
+    return len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1
 
 
 def _differentiable(members: list[GatedLinear], x: Tensor, plan: GatePlan) -> list[Tensor]:
-    """Through the kernel, with gradients; any leading shape whose rows are the pass's tokens."""
+    """Through the kernel, with gradients; any leading shape."""
     bases = [m.base(x) for m in members]
     dtype = bases[0].dtype
     first = members[0]
-    if x.numel() // x.shape[-1] == plan.batch * plan.tokens:
-        gates = plan.flat(first.scalings, bases[0])
-    else:
-        gates = _uniform(plan, first.scalings, bases[0]).expand(x.numel() // x.shape[-1], -1)
+    gates = _gates_of_rows(first, x, plan, bases[0])
     flat = F.dropout(x.reshape(-1, x.shape[-1]).to(dtype), first.dropout, first.training)
     outputs = gated_lora_siblings(
         flat,
@@ -148,6 +166,21 @@ def _differentiable(members: list[GatedLinear], x: Tensor, plan: GatePlan) -> li
         [y.reshape(-1, y.shape[-1]) for y in bases],
     )
     return [out.view_as(y) for out, y in zip(outputs, bases, strict=True)]
+
+
+def _gates_of_rows(layer: GatedLinear, x: Tensor, plan: GatePlan, like: Tensor) -> Tensor:
+    """[rows, traits]: the scaled gates of x's rows, x [..., in] flattened to [rows, in]."""
+    rows, given = x.numel() // x.shape[-1], plan.batch * plan.tokens
+    lead = tuple(x.shape[:-1])
+    if layer.sees == "all" and lead[:2] == (plan.batch, plan.tokens):  # [batch, tokens, heads, in]: one gate a token
+        flat = plan.flat(layer.scalings, like)
+        return flat if rows == given else flat.repeat_interleave(rows // given, dim=0)
+    if layer.sees == "all" and lead in ((given,), (1, given)):
+        return plan.flat(layer.scalings, like)
+    if layer.sees == "last" and len(lead) == 2 and lead[0] == plan.batch and lead[1] <= plan.tokens:
+        gates = plan.flat(layer.scalings, like).view(plan.batch, plan.tokens, -1)
+        return gates[:, plan.tokens - lead[1] :].flatten(0, 1)
+    return _uniform(plan, layer.scalings, like).expand(rows, -1)
 
 
 def _uniform(plan: GatePlan, scalings: tuple[float, ...], like: Tensor) -> Tensor:
@@ -186,7 +219,7 @@ class Fused:
 
     def __init__(self, members: list[GatedLinear]) -> None:
         self.members = members
-        weights = [m.base.weight for m in members]
+        weights = [m.weight for m in members]
         self.widths = [w.shape[0] for w in weights]
         self.ranks = tuple(r for m in members for r in m.ranks)
         self.scalings = members[0].scalings
@@ -194,7 +227,7 @@ class Fused:
         self.matrix = torch.cat([w.data for w in weights] + [m.a.data for m in members])
         self.total = sum(self.widths)
         self.b = torch.block_diag(*[m.b.data for m in members]).T.contiguous()
-        biases = [m.base.bias for m in members]
+        biases = [m.bias for m in members]
         self.bias: Tensor | None = None
         if any(bias is not None for bias in biases):
             pairs = zip(weights, biases, strict=True)
@@ -219,10 +252,10 @@ class Fused:
         return list(product[..., : self.total].split(self.widths, dim=-1))
 
     def restore(self) -> None:
-        weights = [m.base.weight.data.clone() for m in self.members]
+        weights = [m.weight.data.clone() for m in self.members]
         self._point([*weights, *(m.a.data.clone() for m in self.members)])
 
     def _point(self, tensors: Sequence[Tensor]) -> None:
-        owners = [*(m.base.weight for m in self.members), *(m.a for m in self.members)]
+        owners = [*(m.weight for m in self.members), *(m.a for m in self.members)]
         for owner, tensor in zip(owners, tensors, strict=True):
             owner.data = tensor

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from gatedwarmth.router.base import Decision, Router
 from gatedwarmth.templates import Prompt, prompt_of
 
 Gates = Mapping[str, float] | Tensor
+log = logging.getLogger("gatedwarmth")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class GatedWarmthModel(nn.Module):
         self.tokenizer: PreTrainedTokenizerBase = base.tokenizer
         self.base_name, self.source = base.name, base.source
         self.adapter_configs = {name: dict(adapter.config) for name, adapter in adapters.items()}
+        if base.name != type(base.model).__name__:  # a model that was never saved has no name
+            _report_other_bases(adapters, base.name)
         self.injection = inject(base.model, adapters)
         self.base: PreTrainedModel = base.model
         self._hook = self.base.register_forward_pre_hook(self._set_plan, with_kwargs=True)
@@ -221,7 +225,8 @@ class GatedWarmthModel(nn.Module):
             kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
         kwargs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
         with self._in_force(schedule):
-            return self.base.generate(**{key: value for key, value in kwargs.items() if value is not None})
+            base: Any = self.base
+            return base.generate(**{key: value for key, value in kwargs.items() if value is not None})
 
     @torch.no_grad()
     def hidden_after(self, layer: int, input_ids: Tensor, gates: Tensor | None, cache: Any, **kwargs: Any) -> Any:
@@ -264,6 +269,22 @@ class GatedWarmthModel(nn.Module):
         if self.router is None:
             raise RouterError("this model has no router; give gates, or load one with router=FOLDER")
         return self.router
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """transformers' own, but layers that run again in the backward pass get the gates of their forward pass.
+
+        So passes under different gates may share one backward pass. Always non-reentrant.
+        """
+        force = self.injection.in_force
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), force.holding(force.plan)
+
+        settings = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False, "context_fn": contexts}
+        self.base.gradient_checkpointing_enable(settings)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.base.gradient_checkpointing_disable()
 
     def unwrap(self) -> PreTrainedModel:
         """The base exactly as it came. The wrapper is of no use afterwards."""
@@ -370,6 +391,14 @@ class GatedWarmthModel(nn.Module):
             raise GateError("inputs_embeds have no text for a router to read; give gates")
         texts = self.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
         return [[{"role": "user", "content": text}] for text in texts]
+
+
+def _report_other_bases(adapters: Mapping[str, Adapter], name: str) -> None:
+    """Warn of adapters trained on a base of another name: equal sizes fit, but may be another model's."""
+    for trait, adapter in adapters.items():
+        theirs, ours = (n.rstrip("/").rpartition("/")[2].lower() for n in (adapter.base_name, name))
+        if theirs and ours and theirs != ours:
+            log.warning("adapter %r was trained on %r, this base is %r", trait, adapter.base_name, name)
 
 
 def cached_columns(kwargs: Mapping[str, Any]) -> int:

@@ -40,7 +40,11 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], head
     """Token ids of `messages` in the base's chat template; with `header`, ready for the assistant to speak."""
     template = None if tokenizer.chat_template else PLAIN_TEMPLATE
     ids: Any = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=header, tokenize=True, return_dict=False, chat_template=template
+        [{"role": m["role"], "content": m["content"]} for m in messages],
+        add_generation_prompt=header,
+        tokenize=True,
+        return_dict=False,
+        chat_template=template,
     )
     return [int(i) for i in ids]
 

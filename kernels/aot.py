@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gatedwarmth.kernels import triton_kernels
-from gatedwarmth.kernels.tiles import KERNELS, Tile, load_table, tile_for
+from gatedwarmth.kernels.tiles import KERNELS, Tile, launch_options, load_table, tile_for
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -178,8 +178,7 @@ def source(launch: Launch) -> ASTSource:
 @lru_cache(maxsize=1024)
 def compile_launch(launch: Launch, target: str) -> Resources:
     """Compile for a target of TARGETS and read what it uses."""
-    stages = min(launch.tile.stages, 2) if target.startswith("gfx") else launch.tile.stages
-    options = {"num_warps": launch.tile.warps, "num_stages": stages}
+    options = launch_options(launch.kernel, launch.tile, amd=target.startswith("gfx"))
     compiled = triton.compile(source(launch), target=TARGETS[target], options=options)
     if target.startswith("gfx"):
         return _amd_resources(compiled.asm["amdgcn"], compiled.metadata.shared)

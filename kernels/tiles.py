@@ -22,6 +22,7 @@ TOKENS = {"few": 16, "some": 256, "many": 1 << 62}
 WIDTHS = {"narrow": 1536, "mid": 6144, "wide": 1 << 62}
 RANKS = {"low": 16, "mid": 64, "high": 1 << 62}
 DTYPES = ("half", "float32")
+EXPAND_REGISTERS = 168  # three programs of four warps a multiprocessor
 FIELDS = ("tokens", "rank", "width", "split", "warps", "stages")
 
 
@@ -85,6 +86,18 @@ def _limits(classes: dict[str, int]) -> str:
     return ", ".join(name if most > 1 << 60 else f"{name} to {most}" for name, most in classes.items())
 
 
+def launch_options(kernel: str, tile: Tile, amd: bool) -> dict[str, int]:
+    """Triton's compile options. On AMD two stages, which is what fits in 64 KiB of shared memory.
+
+    maxnreg caps nothing that expand reaches. Left alone, ptxas rounds its registers down for occupancy and puts 8 to 24
+    bytes on the stack (seen in about a tenth of expand's launches, Triton 3.7.1); with any cap it takes what it needs.
+    """
+    if amd:
+        return {"num_warps": tile.warps, "num_stages": min(tile.stages, 2)}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return options | {"maxnreg": EXPAND_REGISTERS} if kernel == "expand" else options
+
+
 def static_tile(kernel: str, key: str) -> Tile:
     """A configuration from reasoning alone.
 
@@ -107,7 +120,7 @@ def static_tile(kernel: str, key: str) -> Tile:
     if kernel == "expand":  # one stage for few tokens: a loop of one or two turns has nothing to overlap
         if tokens == "few":
             return Tile(16, columns, 32, 1, 4, 1)
-        return Tile(32, columns, 64, 1, 4, 1) if tokens == "some" else Tile(64, columns, 128, 1, 8, 2)
+        return Tile(32, columns, 32, 1, 4, 1) if tokens == "some" else Tile(64, columns, 128, 1, 8, 2)
     if kernel == "grad_shrunk":
         edge = {"few": 16, "some": 32, "many": 64}[tokens]
         return Tile(edge, columns, 64, 1, 4, 3)
@@ -123,7 +136,7 @@ def _static_float32(kernel: str, tokens: str, width: str, rank: str) -> Tile:
         split = {"narrow": 2, "mid": 8, "wide": 16}[width]
     if kernel == "grad_weight" and tokens == "many":
         split = 4
-    return Tile(edge, columns, 32, split, 4, 2)
+    return Tile(edge, columns, 32, split, 4, 1 if kernel == "expand" else 2)
 
 
 def static_table() -> dict[str, dict[str, Tile]]:

@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from gatedwarmth.kernels.tiles import Tile, tile_for
+from gatedwarmth.kernels.tiles import Tile, launch_options, tile_for
 from gatedwarmth.kernels.triton_kernels import (
     expand_kernel,
     grad_shrunk_kernel,
@@ -143,7 +143,7 @@ def shrink(
             STORE_RAW=raw is not None,
             STORE_SCALED=scaled is not None,
             SPLIT=split,
-            **blocks(tile),
+            **blocks("shrink", tile),
         )
     return raw, scaled, split
 
@@ -194,7 +194,7 @@ def expand(
         LAYERS=len(b),
         ALIGN=alignment(ranks),
         SPLIT=split,
-        **blocks(tile),
+        **blocks("expand", tile),
     )
     return ys
 
@@ -235,7 +235,7 @@ def grad_shrunk(
         LAYERS=len(ranks),
         TRAITS=traits,
         SKIP=not need_gates,
-        **blocks(tile),
+        **blocks("grad_shrunk", tile),
     )
     return grad_scaled, None if partial is None else partial.sum(0).to(gates.dtype)
 
@@ -278,16 +278,15 @@ def grad_weight(
         LAYERS=len(z),
         SCALE=scale,
         SPLIT=tile.split,
-        **blocks(tile),
+        **blocks("grad_weight", tile),
     )
     return [out[0] if tile.split == 1 else out.sum(0).to(z[0].dtype) for out in outs]
 
 
-def blocks(tile: Tile) -> dict[str, int]:
-    """A tile as the kernels' keyword arguments; AMD cards have 64 KiB of shared memory, enough for two stages."""
-    stages = min(tile.stages, 2) if torch.version.hip else tile.stages
-    names = ("BLOCK_T", "BLOCK_R", "BLOCK_W", "num_warps", "num_stages")
-    return dict(zip(names, (tile.tokens, tile.rank, tile.width, tile.warps, stages), strict=True))
+def blocks(kernel: str, tile: Tile) -> dict[str, int]:
+    """A tile as a kernel's keyword arguments."""
+    edges = {"BLOCK_T": tile.tokens, "BLOCK_R": tile.rank, "BLOCK_W": tile.width}
+    return edges | launch_options(kernel, tile, amd=torch.version.hip is not None)
 
 
 def stack_rows(parts: Sequence[Tensor]) -> Tensor:

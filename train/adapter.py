@@ -195,8 +195,8 @@ def train_adapter(
     identity = {
         **dataclasses.asdict(settings),
         "base": base.name,
-        "data": data_hash(pairs),
-        "dev": data_hash(dev),
+        "data": target_hash(pairs, settings.style),
+        "dev": target_hash(dev, settings.style),
     }
     identity["targets"] = list(settings.targets)
     done = finished(out, identity)

@@ -23,25 +23,27 @@ from typing import Any
 
 import numpy as np
 from scipy.linalg import cholesky, solve_triangular
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, issparse
 from sklearn.linear_model import LogisticRegression
 
 from gatedwarmth import bases
-from gatedwarmth.data import Message, Turn, data_hash, load_turns
+from gatedwarmth.data import Message, Turn, data_hash, load_pairs, load_turns
 from gatedwarmth.errors import DataError, RouterError, TrainingError
 from gatedwarmth.files import read_jsonl
-from gatedwarmth.router import Card, ProbeRouter, Router, TextRouter, TextSettings, load_router
+from gatedwarmth.router import Card, ProbeRouter, Router, TextRouter, TextSettings, TextWeights, load_router
 from gatedwarmth.router.calibration import fit_calibration, metrics, threshold_for_leak
 from gatedwarmth.router.probe import hidden_states
 from gatedwarmth.router.storage import DEFAULT_TRAITS, softmax_to_last
-from gatedwarmth.router.text import columns_of, features
+from gatedwarmth.router.text import WORD, features, word_columns
 
+Named = str | Path | bases.Base | None
 KINDS = ("text", "probe")
 FOLDS = 5
-TEXT_C = (3.0, 10.0, 30.0, 100.0)
-PROBE_C = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
-LAYERS_KEPT = 5  # layers for which every C is tried
-RECIPE = 1  # part of the settings' hash: raise it when the training changes
+ALL_C = (1.0, 3.0, 10.0, 30.0)
+LAYER_C = 1.0
+LAYERS_KEPT = 3  # layers that are tried beside the text
+STATE = 2.0  # average length of a scaled state; the parts of a text have lengths around 1
+RECIPE = 3  # part of the settings' hash: raise it when the training changes
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,9 @@ class LabelledTurns:
 
 @dataclass(frozen=True)
 class Fit:
-    """A linear model before calibration: weight [inputs, traits - 1], bias [traits - 1], and how it was chosen."""
+    """A linear model before calibration: a weight [inputs, traits - 1] per block of inputs, bias [traits - 1]."""
 
-    weight: np.ndarray
+    weights: list[np.ndarray]
     bias: np.ndarray
     chosen: dict[str, Any]
 
@@ -106,7 +108,7 @@ class Fit:
 def train_router(
     kind: str = "text",
     out: str | Path = "runs/router",
-    base: str | Path | bases.Base | None = None,
+    base: Named = None,
     turns: str | Path | None = None,
     traits: Sequence[str] = DEFAULT_TRAITS,
     seed: int = 0,
@@ -117,9 +119,10 @@ def train_router(
 
     Parameters
     ----------
-    kind: "text" or "probe". out: the router's folder. base: for a probe: name, folder or loaded base; the default
-        base when None. turns: a JSON-lines file or folder; the packaged turns when None. traits: classes in the
-        order of the router's columns. seed: kept with the router; the fit itself is deterministic.
+    kind: "text" or "probe". out: the router's folder. base: name, folder or loaded base. A probe reads its states, the
+        default base's when None. A text router takes word vectors from it, during training alone, or does without.
+    turns: a JSON-lines file or folder; the packaged turns when None. traits: classes in the order of the router's
+        columns. seed: kept with the router; the fit itself is deterministic.
 
     Raises
     ------
@@ -145,13 +148,29 @@ def train_router(
 
 def read_turns(path: str | Path | None, traits: tuple[str, ...]) -> LabelledTurns:
     """Turns and their classes. Labels are trait names, or "social" for the first and "reasoning" for the last trait."""
-    turns = load_turns() if path is None else _own_turns(Path(path))
+    turns = [*load_turns(), *pair_turns()] if path is None else _own_turns(Path(path))
     index = {"social": 0, "reasoning": len(traits) - 1, **{trait: k for k, trait in enumerate(traits)}}
     for turn in turns:
         if turn.label not in index:
             problem = f"turn {turn.id} has label {turn.label!r}; use one of {', '.join(index)}"
             raise DataError(path or "gatedwarmth.data", 0, problem)
     return LabelledTurns(tuple(turns), np.array([index[turn.label] for turn in turns], dtype=np.int64))
+
+
+def pair_turns() -> list[Turn]:
+    """The user turns of the packaged training pairs, more to learn from. A mixed pair asks something: reasoning."""
+    return [
+        Turn(
+            id=pair.id,
+            text=pair.messages[-1]["content"],
+            label="social" if pair.kind == "social" else "reasoning",
+            mixed=pair.kind == "mixed",
+            hard=False,
+            pattern="pair",
+            context=pair.messages[:-1],
+        )
+        for pair in load_pairs("train")
+    ]
 
 
 def _own_turns(path: Path) -> list[Turn]:
@@ -203,29 +222,73 @@ def held_out_metrics(table: np.ndarray, held: LabelledTurns) -> dict[str, Any]:
 # --- text
 
 
-def _text(data: LabelledTurns, card: Card, base: object) -> tuple[TextRouter, None]:
-    settings = TextSettings()
+def _text(data: LabelledTurns, card: Card, base: Named) -> tuple[TextRouter, None]:
+    loaded = _loaded(base) if base else None
+    settings = TextSettings(vectors=loaded is not None)
     train, dev = data.part("train"), data.part("dev")
-    x = text_matrix(train.conversations, settings)
-    coordinates = short_coordinates(x)
-    classes = len(card.traits)
-    losses = {c: cross_validated_loss(coordinates, train, c) for c in TEXT_C}
-    c = min(losses, key=lambda key: losses[key])
-    short, bias = fit_logistic(coordinates, train.targets, classes, c)
-    weight = x.T @ solve_triangular(coordinates, short, lower=True, trans="T")
-    fit = Fit(weight, bias, {"c": c, "cross_validated_log_loss": losses[c]})
-    weight, bias = calibrated(fit, text_matrix(dev.conversations, settings), dev.targets)
-    return TextRouter(weight, bias, settings, _chosen(card, fit)), None
+    inputs = text_inputs(train, settings, loaded)
+    fit = fit_blocks(inputs.blocks, train, len(card.traits))
+    made = TextWeights(inputs.weight(fit.weights), settings)
+    scale, shift = fit_calibration(made.logits(dev.conversations) + fit.bias, dev.targets)
+    weights = TextWeights((made.weight * scale).astype(np.float32), settings)
+    return TextRouter(weights, (fit.bias * scale + shift).astype(np.float32), _chosen(card, fit)), None
 
 
-def short_coordinates(x: csr_matrix) -> np.ndarray:
-    """[n, n] lower triangular coordinates with the same inner products as the n rows of `x`.
+@dataclass(frozen=True)
+class TextInputs:
+    """What a text router is fitted on.
 
-    A regularised linear model is a combination of its training rows (representer theorem), so it can be fitted on n
-    numbers a turn instead of a hundred thousand, with the same result: weight = x.T · coordinates⁻ᵀ · short weight.
+    sparse: [n, first_vector] n-grams and shape. mean: [n, dimension] mean word vector of each turn, [n, 0] without a
+    base. columns [vocabulary], vectors [vocabulary, dimension]: where the words stand.
     """
-    gram = (x @ x.T).toarray()
-    return np.asarray(cholesky(gram + 1e-8 * np.eye(len(gram)), lower=True))
+
+    settings: TextSettings
+    sparse: csr_matrix
+    mean: np.ndarray
+    columns: np.ndarray
+    vectors: np.ndarray
+
+    @property
+    def blocks(self) -> list[Any]:
+        return [self.sparse, self.mean]
+
+    def weight(self, weights: Sequence[np.ndarray]) -> np.ndarray:
+        """float32 [columns, traits - 1] of what was fitted on the blocks.
+
+        A linear function of the mean word vector is a number per word, so that no vector has to be kept.
+        """
+        whole = np.zeros((self.settings.columns, weights[0].shape[1]))
+        whole[: self.sparse.shape[1]] = weights[0]
+        np.add.at(whole, self.settings.first_vector + self.columns, self.vectors @ weights[1])
+        return whole.astype(np.float32)
+
+
+def text_inputs(train: LabelledTurns, settings: TextSettings, base: bases.Base | None) -> TextInputs:
+    x = text_matrix(train.conversations, settings)
+    sparse, single = x[:, : settings.first_vector], x[:, settings.first_vector :]
+    if base is None:
+        return TextInputs(settings, sparse, np.zeros((len(train.turns), 0)), np.zeros(0, np.int64), np.zeros((0, 0)))
+    words, vectors = word_vectors(base, train)
+    columns = word_columns(words, settings.bits)
+    return TextInputs(settings, sparse, single[:, columns] @ vectors, columns, vectors)
+
+
+def word_vectors(base: bases.Base, train: LabelledTurns) -> tuple[list[str], np.ndarray]:
+    """Words and their unit vectors [words, hidden] in the base's input embeddings, centred.
+
+    The words are the tokenizer's own and those of the training turns. They let a text router treat a word that no
+    turn has shown it like the words that the base holds for similar.
+    """
+    embeddings: Any = base.model.get_input_embeddings()
+    table = embeddings.weight.detach().float().cpu().numpy().astype(np.float64)
+    table = table - table.mean(axis=0)
+    own = {token[1:] for token in base.tokenizer.get_vocab() if token[:1] in ("\u0120", "\u2581")}
+    shown = {word for turn in train.turns for word in WORD.findall(turn.text.lower())}
+    words = sorted({word for word in own if word.isascii() and word.isalpha() and word.islower()} | shown)
+    ids = base.tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
+    kept = [(word, table[pieces].mean(axis=0)) for word, pieces in zip(words, ids, strict=True) if pieces]
+    vectors = np.stack([vector for _, vector in kept])
+    return [word for word, _ in kept], vectors / (np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-6)
 
 
 def text_matrix(conversations: Sequence[Sequence[Message]], settings: TextSettings) -> csr_matrix:
@@ -234,47 +297,77 @@ def text_matrix(conversations: Sequence[Sequence[Message]], settings: TextSettin
     starts = np.cumsum([0] + [len(columns) for columns, _ in rows])
     columns = np.concatenate([columns for columns, _ in rows])
     values = np.concatenate([values for _, values in rows]).astype(np.float64)
-    return csr_matrix((values, columns, starts), shape=(len(rows), columns_of(settings)))
+    matrix = csr_matrix((values, columns, starts), shape=(len(rows), settings.columns))
+    matrix.sum_duplicates()
+    return matrix
 
 
 # --- probe
 
 
-def _probe(
-    data: LabelledTurns, card: Card, base: str | Path | bases.Base | None
-) -> tuple[ProbeRouter, Callable[[int], Any]]:
+def _probe(data: LabelledTurns, card: Card, base: Named) -> tuple[ProbeRouter, Callable[[int], Any]]:
     import torch
 
-    loaded = base if isinstance(base, bases.Base) else bases.load(base or bases.DEFAULT)
+    loaded = _loaded(base or bases.DEFAULT)
     parts = {split: data.part(split) for split in ("train", "dev", "test")}
     states = {s: hidden_states(loaded.model, loaded.tokenizer, part.conversations) for s, part in parts.items()}
-    fit, layer = fit_probe(states["train"].astype(np.float64), parts["train"], len(card.traits))
-    weight, bias = calibrated(fit, states["dev"][:, layer - 1].astype(np.float64), parts["dev"].targets)
-    router = ProbeRouter(weight, bias, layer, loaded.name, _chosen(card, fit))
+    settings = TextSettings(vectors=True)
+    text = text_inputs(parts["train"], settings, loaded)
+    layer, fit, weight, bias = fit_probe(states["train"], text.blocks, parts["train"], len(card.traits))
+    made = TextWeights(text.weight(fit.weights[1:]), settings)
+    logits = states["dev"][:, layer - 1] @ weight + bias + made.logits(parts["dev"].conversations)
+    scale, shift = fit_calibration(logits, parts["dev"].targets)
+    scaled = TextWeights((made.weight * scale).astype(np.float32), settings)
+    weight, bias = (weight * scale).astype(np.float32), (bias * scale + shift).astype(np.float32)
+    router = ProbeRouter(weight, bias, layer, loaded.name, _chosen(card, fit), scaled)
     return router, lambda wanted: torch.from_numpy(states["test"][:, wanted - 1])
 
 
-def fit_probe(states: np.ndarray, train: LabelledTurns, classes: int) -> tuple[Fit, int]:
-    """The layer and C with the least cross-validated loss. states: [n, layers, hidden]. Layers count from 1."""
-    middle = PROBE_C[len(PROBE_C) // 2 - 1]
-    scaled = [_standardised(states[:, index]) for index in range(states.shape[1])]
-    first = [cross_validated_loss(x[0], train, middle) for x in scaled]
-    kept = sorted(range(len(first)), key=lambda index: first[index])[:LAYERS_KEPT]
-    losses = {(index, c): cross_validated_loss(scaled[index][0], train, c) for index in kept for c in PROBE_C}
-    index, c = min(losses, key=lambda key: losses[key])
-    x, mean, deviation = scaled[index]
-    weight, bias = fit_logistic(x, train.targets, classes, c)
-    weight = weight / deviation[:, None]
-    chosen = {"layer": index + 1, "c": c, "cross_validated_log_loss": losses[index, c]}
-    return Fit(weight, bias - mean @ weight, chosen), index + 1
+def fit_probe(
+    states: np.ndarray, text: Sequence[Any], train: LabelledTurns, classes: int
+) -> tuple[int, Fit, np.ndarray, np.ndarray]:
+    """Layer, fit, and the weight and bias on raw states. states: [n, layers, hidden]. Layers count from 1.
+
+    Every layer is tried alone at one C; the best few then beside the text at every C.
+    """
+    tried = {layer: _alone(states, layer, train) for layer in range(1, states.shape[1] + 1)}
+    kept = sorted(tried, key=lambda layer: tried[layer])[:LAYERS_KEPT]
+    fits = {layer: fit_blocks([_standardised(states, layer)[0], *text], train, classes) for layer in kept}
+    layer = min(fits, key=lambda key: float(fits[key].chosen["cross_validated_log_loss"]))
+    fit = dataclasses.replace(fits[layer], chosen={"layer": layer, **fits[layer].chosen})
+    _, mean, deviation = _standardised(states, layer)
+    weight = fit.weights[0] / deviation[:, None]
+    return layer, fit, weight, fit.bias - mean @ weight
 
 
-def _standardised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    mean, deviation = x.mean(axis=0), x.std(axis=0) + 1e-6
+def _alone(states: np.ndarray, layer: int, train: LabelledTurns) -> float:
+    return log_loss(out_of_fold(_standardised(states, layer)[0], train, LAYER_C), train.targets)
+
+
+def _standardised(states: np.ndarray, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """States at a layer scaled so that a row has length STATE on average, their mean, and what they were divided by."""
+    x = states[:, layer - 1].astype(np.float64)
+    mean = x.mean(axis=0)
+    deviation = (x.std(axis=0) + 1e-6) * np.sqrt(x.shape[1]) / STATE
     return (x - mean) / deviation, mean, deviation
 
 
 # --- both
+
+
+def fit_blocks(blocks: Sequence[Any], train: LabelledTurns, classes: int) -> Fit:
+    """Logistic regression on blocks of inputs [n, inputs] side by side, C by cross-validated log loss.
+
+    A regularised linear model is a combination of its training rows (representer theorem), so it is fitted on n
+    coordinates a turn that have the inputs' inner products, not on a hundred thousand columns; the result is the same.
+    """
+    gram = sum(np.asarray((block @ block.T).todense() if issparse(block) else block @ block.T) for block in blocks)
+    short = cholesky(gram + 1e-8 * np.eye(len(train.turns)), lower=True)
+    losses = {c: log_loss(out_of_fold(short, train, c), train.targets) for c in ALL_C}
+    c = min(losses, key=lambda key: losses[key])
+    weight, bias = fit_logistic(short, train.targets, classes, c)
+    dual = solve_triangular(short, weight, lower=True, trans="T")
+    return Fit([block.T @ dual for block in blocks], bias, {"c": c, "cross_validated_log_loss": losses[c]})
 
 
 def fit_logistic(x: Any, targets: np.ndarray, classes: int, c: float) -> tuple[np.ndarray, np.ndarray]:
@@ -290,10 +383,8 @@ def fit_logistic(x: Any, targets: np.ndarray, classes: int, c: float) -> tuple[n
     return (model.coef_[:-1] - model.coef_[-1]).T, model.intercept_[:-1] - model.intercept_[-1]
 
 
-def cross_validated_loss(x: Any, train: LabelledTurns, c: float) -> float:
-    """Mean log loss of out-of-fold predictions."""
-    table = out_of_fold(x, train, c)
-    return float(-np.log(np.clip(table[np.arange(len(table)), train.targets], 1e-12, 1.0)).mean())
+def log_loss(table: np.ndarray, targets: np.ndarray) -> float:
+    return float(-np.log(np.clip(table[np.arange(len(table)), targets], 1e-12, 1.0)).mean())
 
 
 def out_of_fold(x: Any, train: LabelledTurns, c: float) -> np.ndarray:
@@ -307,20 +398,14 @@ def out_of_fold(x: Any, train: LabelledTurns, c: float) -> np.ndarray:
     return table
 
 
-def calibrated(fit: Fit, x: Any, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The fit's weight and bias with the calibration on (x, targets) folded in, float32."""
-    scale, shift = fit_calibration(np.asarray(x @ fit.weight) + fit.bias, targets)
-    return (fit.weight * scale).astype(np.float32), (fit.bias * scale + shift).astype(np.float32)
-
-
 def _chosen(card: Card, fit: Fit) -> Card:
     return dataclasses.replace(card, training={**card.training, **fit.chosen})
 
 
-def _training(kind: str, base: str | Path | bases.Base | None, data: LabelledTurns, seed: int) -> dict[str, Any]:
+def _training(kind: str, base: Named, data: LabelledTurns, seed: int) -> dict[str, Any]:
     """What a finished folder must agree with to be kept."""
-    name = "" if kind == "text" else base.name if isinstance(base, bases.Base) else str(base or bases.DEFAULT)
-    settings = dataclasses.asdict(TextSettings()) if kind == "text" else {}
+    name = base.name if isinstance(base, bases.Base) else str(base or (bases.DEFAULT if kind == "probe" else ""))
+    settings = dataclasses.asdict(TextSettings())
     asked = {
         "kind": kind,
         "base": name,
@@ -334,6 +419,10 @@ def _training(kind: str, base: str | Path | bases.Base | None, data: LabelledTur
         "settings_hash": digest, "turns": len(data.part("train").turns), "calibrated_on": "dev",
         "evaluated_on": "test", "seed": seed, "base": name,
     }  # fmt: skip
+
+
+def _loaded(base: str | Path | bases.Base) -> bases.Base:
+    return base if isinstance(base, bases.Base) else bases.load(base)
 
 
 def _finished(out: Path, training: dict[str, Any]) -> Card | None:
@@ -352,7 +441,7 @@ def main() -> None:
     def command(
         kind: str = typer.Argument("text", help="text or probe"),
         out: Path = typer.Argument(Path("runs/router"), help="folder to write"),
-        base: str = typer.Option("", help="base of a probe; the default base when empty"),
+        base: str = typer.Option("", help="base of a probe, or of a text router's word vectors"),
         turns: str = typer.Option("", help="turns of your own, JSON lines"),
         traits: str = typer.Option(",".join(DEFAULT_TRAITS), help="classes, separated by commas, neutral last"),
         seed: int = typer.Option(0),

@@ -75,7 +75,7 @@ def measure_model(base: bases.Base, settings: ModelSettings, dtype: str, clock: 
     clock = clock or clock_for(settings.device)
     with tempfile.TemporaryDirectory() as folder:
         workshop = Workshop.open(base, Path(folder), settings.rank, settings.autocast)
-        built = _Built(workshop, settings, cases[0])
+        built = _Built(workshop, settings, cases)
         for case in cases:
             contenders = [case.contender(name, subject) for name, subject in built.subjects.items()]
             measured = measure(case.name, contenders, BASE, settings.runs, clock, settings.warmup)
@@ -89,7 +89,7 @@ def measure_model(base: bases.Base, settings: ModelSettings, dtype: str, clock: 
 class _Built:
     """The subjects, what each holds on top of the base's weights, and why some could not be made."""
 
-    def __init__(self, workshop: Workshop, settings: ModelSettings, case: Case) -> None:
+    def __init__(self, workshop: Workshop, settings: ModelSettings, cases: list[Case]) -> None:
         self.subjects: dict[str, Subject] = {}
         self.held: dict[str, int] = {}
         self.errors: dict[str, str] = {}
@@ -99,7 +99,8 @@ class _Built:
             before = live_bytes(settings.device)
             try:
                 subject = SUBJECTS[name](workshop)
-                _use(case.contender(name, subject))
+                for case in (cases[0], cases[-1]):  # prefill and decoding may each make something at first use
+                    _use(case.contender(name, subject))
             except Exception as error:  # other people's code: what it raises belongs in the table
                 self.errors[name] = describe_error(error)
                 continue
@@ -109,7 +110,7 @@ class _Built:
 
 
 def _use(contender: Contender) -> None:
-    """Run once, so that whatever is made at first use exists."""
+    """Run once."""
     contender.prepare()
     contender.run()
 

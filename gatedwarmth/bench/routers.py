@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from gatedwarmth import GatedWarmthModel, bases
+from gatedwarmth.adapters import cast
 from gatedwarmth.bench.rows import Row, dtype_of, row_of
 from gatedwarmth.bench.subjects import TRAITS, acting_adapter
-from gatedwarmth.adapters import cast
 from gatedwarmth.data import Message, load_turns
 from gatedwarmth.injection import decoder_layers
 from gatedwarmth.kernels.bench import Clock, Contender, clock_for, measure

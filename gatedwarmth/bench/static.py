@@ -1,4 +1,4 @@
-"""`bench static`: what the compiled kernels would use of GPUs. Computed from the binary and datasheets, not measured."""
+"""`bench static`: what the compiled kernels would use of a GPU; computed from binaries and datasheets, not measured."""
 
 from __future__ import annotations
 

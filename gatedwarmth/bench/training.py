@@ -131,7 +131,7 @@ def _peft_step(base: bases.Base, adapter: Adapter, batch: Batch, lr: float) -> S
 
 def _gated_step(base: bases.Base, adapters: list[Adapter], batch: Batch, lr: float, replies_only: bool = False) -> Step:
     own = replace(base, model=copy.deepcopy(base.model))
-    model = GatedWarmthModel(own, dict(zip(TRAITS, adapters)))
+    model = GatedWarmthModel(own, dict(zip(TRAITS[: len(adapters)], adapters, strict=True)))
     model.requires_grad_(False)
     parameters = [p for layer in model.injection.layers.values() for p in (layer.a, layer.b)]
     for parameter in parameters:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from gatedwarmth.errors import RouterError
 from gatedwarmth.router.base import Decision, ReadHidden, Router
 from gatedwarmth.router.probe import ProbeRouter
 from gatedwarmth.router.storage import AGAIN, Card, read_router
-from gatedwarmth.router.text import TextRouter, TextSettings
+from gatedwarmth.router.text import TextRouter, TextSettings, TextWeights
 
-KINDS = {TextRouter.kind: TextRouter.from_parts, ProbeRouter.kind: ProbeRouter.from_parts}
+KINDS: dict[str, Callable[..., Router]] = {
+    TextRouter.kind: TextRouter.from_parts,
+    ProbeRouter.kind: ProbeRouter.from_parts,
+}
 
 __all__ = [
     "Card",
@@ -20,6 +24,7 @@ __all__ = [
     "Router",
     "TextRouter",
     "TextSettings",
+    "TextWeights",
     "load_router",
     "save",
 ]
@@ -39,7 +44,8 @@ def load_router(folder: str | Path) -> Router:
             f"{folder} holds a router of kind {saved.kind!r}; this version knows {', '.join(KINDS)}; {AGAIN}"
         )
     try:
-        return KINDS[saved.kind](saved.card, saved.settings, saved.tensors)
+        make: Callable[..., Router] = KINDS[saved.kind]
+        return make(saved.card, saved.settings, saved.tensors)
     except (KeyError, TypeError) as error:
         raise RouterError(f"{folder} lacks or garbles {error}; {AGAIN}") from error
 

@@ -34,7 +34,8 @@ class Decision:
 class Router(Protocol):
     """From conversations to a probability per trait."""
 
-    traits: tuple[str, ...]
+    @property
+    def traits(self) -> tuple[str, ...]: ...
 
     def probabilities(self, conversations: Sequence[Sequence[Message]], read_hidden: ReadHidden | None) -> np.ndarray:
         """[n, traits], rows sum to 1, columns in the order of `traits`.

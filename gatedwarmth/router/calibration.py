@@ -107,8 +107,9 @@ def leaks_at(ascending: np.ndarray, threshold: float) -> int:
 def fit_calibration(logits: np.ndarray, targets: np.ndarray) -> tuple[float, np.ndarray]:
     """(scale, shift [traits - 1]) such that softmax of scale · logits + shift is calibrated.
 
-    The last trait's logit is 0 throughout. logits: [n, traits - 1]; targets: int [n]. Platt's scaling (1999) with his softened targets, for several classes
-    temperature and bias (Guo et al., arXiv:1706.04599). Softened targets keep separable data from infinite scales.
+    The last trait's logit is 0 throughout. logits: [n, traits - 1]; targets: int [n]. Platt's scaling (1999) with his
+    softened targets, for several classes temperature and bias (Guo et al., arXiv:1706.04599). Softened targets keep
+    separable data from infinite scales.
     """
     count, others = logits.shape
     soft = np.zeros((count, others + 1))

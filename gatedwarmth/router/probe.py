@@ -1,4 +1,4 @@
-"""A router that reads the base's own hidden state: logistic regression at one layer, at the prompt's last token.
+"""A router that reads the base's own hidden state at one layer, at the prompt's last token, and the text beside it.
 
 With scope "response" the prompt runs on the bare base, so the state comes from the prefill that the reply needs
 anyway. Linear probes: Alain and Bengio, arXiv:1610.01644.
@@ -21,22 +21,32 @@ from gatedwarmth.injection import decoder_layers
 from gatedwarmth.prefill import first_tensor
 from gatedwarmth.router.base import ReadHidden
 from gatedwarmth.router.storage import Card, check_array, softmax_to_last, write_router
+from gatedwarmth.router.text import TextWeights
 from gatedwarmth.templates import pad_left, prompt_of
 
 
 class ProbeRouter:
-    """From the base's hidden state to a probability per trait.
+    """From the base's hidden state, and optionally the text, to a probability per trait: one logistic regression.
 
     Parameters
     ----------
     weight: float32 [hidden, traits - 1], relative to the last trait; standardisation and calibration are folded in.
     bias: float32 [traits - 1]. layer: states after this many layers, from 1. base: the base's name, for the reader.
+    text: weights of text features, whose logits are added; None for the state alone.
     """
 
     kind = "probe"
 
-    def __init__(self, weight: np.ndarray, bias: np.ndarray, layer: int, base: str, card: Card) -> None:
-        self.layer, self.base, self.card = layer, base, card
+    def __init__(
+        self,
+        weight: np.ndarray,
+        bias: np.ndarray,
+        layer: int,
+        base: str,
+        card: Card,
+        text: TextWeights | None = None,
+    ) -> None:
+        self.layer, self.base, self.card, self.text = layer, base, card, text
         others = len(card.traits) - 1
         self.weight = check_array("weight", weight, (weight.shape[0], others))
         self.bias = check_array("bias", bias, (others,))
@@ -70,11 +80,16 @@ class ProbeRouter:
             raise RouterError(
                 f"the base's hidden state at layer {self.layer} holds NaN or infinity; try float32 or bfloat16"
             )
-        return softmax_to_last(state.astype(np.float64) @ self.weight + self.bias)
+        logits = state.astype(np.float64) @ self.weight + self.bias
+        return softmax_to_last(logits + self.text.logits(conversations) if self.text is not None else logits)
 
     def save(self, folder: str | Path) -> None:
-        settings = {"layer": self.layer, "base": self.base, "hidden_size": self.hidden_size}
-        write_router(Path(folder), self.kind, self.card, settings, {"weight": self.weight, "bias": self.bias})
+        settings: dict[str, Any] = {"layer": self.layer, "base": self.base, "hidden_size": self.hidden_size}
+        tensors = {"weight": self.weight, "bias": self.bias}
+        if self.text is not None:
+            settings["text"] = self.text.to_json()
+            tensors["text_weight"] = self.text.weight
+        write_router(Path(folder), self.kind, self.card, settings, tensors)
 
     def describe(self) -> str:
         return f"{self.card.line(self.kind)}, layer {self.layer} of {self.base}"
@@ -82,7 +97,10 @@ class ProbeRouter:
     @classmethod
     def from_parts(cls, card: Card, settings: dict[str, Any], tensors: dict[str, np.ndarray]) -> ProbeRouter:
         weight = check_array("weight", tensors["weight"], (settings["hidden_size"], len(card.traits) - 1))
-        return cls(weight, tensors["bias"], settings["layer"], settings["base"], card)
+        text = None
+        if "text" in settings:
+            text = TextWeights.from_parts(tensors["text_weight"], settings["text"], card.traits)
+        return cls(weight, tensors["bias"], settings["layer"], settings["base"], card, text)
 
 
 @torch.no_grad()

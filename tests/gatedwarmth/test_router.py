@@ -17,7 +17,7 @@ from scipy.stats import binom
 from gatedwarmth import bases
 from gatedwarmth.data import Message, load_turns
 from gatedwarmth.errors import DataError, RouterError, TrainingError
-from gatedwarmth.router import Card, ProbeRouter, TextRouter, TextSettings, load_router
+from gatedwarmth.router import Card, ProbeRouter, TextRouter, TextSettings, TextWeights, load_router
 from gatedwarmth.router.calibration import (
     auroc,
     balanced_accuracy,
@@ -29,7 +29,7 @@ from gatedwarmth.router.calibration import (
 )
 from gatedwarmth.router.probe import hidden_states
 from gatedwarmth.router.storage import softmax_to_last
-from gatedwarmth.router.text import columns_of, features
+from gatedwarmth.router.text import features, word_columns
 from gatedwarmth.train.router import RouterReport, train_router
 
 TURNS = [
@@ -140,15 +140,15 @@ def test_hashes_are_the_ones_that_saved_routers_rely_on() -> None:
     assert (int(columns.sum()), round(float(values @ values), 4)) == HASHED
 
 
-HASHED = (0, 0.0)
+HASHED = (9145, 4.0458)
 
 
-def test_features_are_distinct_and_in_range() -> None:
-    settings = TextSettings(bits=6)
+def test_features_are_in_range() -> None:
+    settings = TextSettings(bits=6, vectors=True)
     for conversation in some_conversations():
         columns, values = features(conversation, settings)
-        assert len(set(columns.tolist())) == len(columns) == len(values)
-        assert columns.min() >= 0 and columns.max() < columns_of(settings)
+        assert len(columns) == len(values)
+        assert columns.min() >= 0 and columns.max() < settings.columns
 
 
 @given(st.text(max_size=200))
@@ -163,9 +163,21 @@ def test_the_turn_before_counts_and_a_long_turn_is_bounded() -> None:
     earlier: Message = {"role": "assistant", "content": "Shall I compute it?"}
     assert len(features([earlier, last], settings)[0]) > len(features([last], settings)[0])
     long = features(asks("a b " * 100_000), settings)
-    assert len(long[0]) < 600
+    assert len(long[0]) < 1000
     with pytest.raises(RouterError, match="empty"):
         features([], settings)
+
+
+def test_word_vectors_become_one_number_a_word(llama: object, tokenizer: object, tmp_path: Path) -> None:
+    base = bases.Base(llama, tokenizer, "made here", "tiny")  # type: ignore[arg-type]
+    path = turns_file(tmp_path / "t.jsonl", ("social", "reasoning"))
+    report = train_router("text", tmp_path / "r", base=base, turns=path)
+    router = load_router(tmp_path / "r")
+    assert report.metrics["balanced_accuracy"] == 1.0
+    assert isinstance(router, TextRouter) and router.text.settings.vectors
+    column = router.text.settings.first_vector + word_columns(["sister"], router.text.settings.bits)
+    assert (router.text.weight[column] != 0).all()
+    assert not train_router("text", tmp_path / "r", turns=path).skipped  # without a base it is another router
 
 
 # --- broken folders and data
@@ -207,9 +219,9 @@ def test_no_router_folder(tmp_path: Path) -> None:
 
 def test_nan_weights() -> None:
     settings = TextSettings(bits=4)
-    weight = np.full((columns_of(settings), 1), np.nan)
+    weight = np.full((settings.columns, 1), np.nan)
     with pytest.raises(RouterError, match="NaN"):
-        TextRouter(weight, np.zeros(1), settings, Card())
+        TextRouter(TextWeights(weight, settings), np.zeros(1), Card())
 
 
 def test_training_refuses_what_cannot_work(tmp_path: Path) -> None:
@@ -261,6 +273,7 @@ def test_a_trained_probe_reads_what_the_model_hands_it(llama: object, tokenizer:
     probe = load_router(tmp_path / "p")
     conversations = [asks(TURNS[0][1]), asks(TURNS[3][1])]
     states = hidden_states(base.model, base.tokenizer, conversations)
+    assert isinstance(probe, ProbeRouter) and probe.text is not None
     expected = probe.probabilities(conversations, lambda layer: torch.from_numpy(states[:, layer - 1]))
     model = GatedWarmthModel(base, {})
     model.router = probe
