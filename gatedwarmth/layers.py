@@ -137,7 +137,7 @@ class Siblings:
             return self._fused.matrix.dtype == x.dtype
         # A sharded model owns its weights' storage, so nothing may be moved there.
         sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return not sharded and all(_is_plain(m.base) and _alike(m.base.weight, m.a, x) for m in self.members)
+        return not sharded and all(_is_plain(m.base) and _alike(m.weight, m.a, x) for m in self.members)
 
 
 def _is_plain(base: nn.Module) -> bool:

@@ -133,7 +133,7 @@ def _static_float32(kernel: str, tokens: str, width: str, rank: str) -> Tile:
     columns = 16 if rank == "low" else 32
     split = 1
     if kernel == "shrink" and tokens != "many":
-        split = {"narrow": 2, "mid": 8, "wide": 16}[width]
+        split = {"narrow": 2, "mid": 8, "wide": 16 if tokens == "few" else 8}[width]
     if kernel == "grad_weight" and tokens == "many":
         split = 4
     return Tile(edge, columns, 32, split, 4, 1 if kernel == "expand" else 2)

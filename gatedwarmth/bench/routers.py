@@ -17,7 +17,7 @@ from gatedwarmth.data import Message, load_turns
 from gatedwarmth.injection import decoder_layers
 from gatedwarmth.kernels.bench import Clock, Contender, clock_for, measure
 from gatedwarmth.router import Card, ProbeRouter, Router, TextRouter, TextSettings
-from gatedwarmth.router.text import columns_of
+from gatedwarmth.router.text import TextRouter, TextSettings, TextWeights
 from gatedwarmth.templates import render
 
 NAME = "router"
@@ -109,8 +109,8 @@ def _chats(
 def random_text_router() -> TextRouter:
     """Weights do not change what a decision costs."""
     settings = TextSettings()
-    weight = np.random.default_rng(0).normal(size=(columns_of(settings), 1)).astype(np.float32)
-    return TextRouter(weight, np.zeros(1, dtype=np.float32), settings, Card(TRAITS))
+    weight = np.random.default_rng(0).normal(size=(settings.columns, 1)).astype(np.float32)
+    return TextRouter(TextWeights(weight, settings), np.zeros(1, dtype=np.float32), Card(TRAITS))
 
 
 def random_probe(base: bases.Base) -> ProbeRouter:

@@ -91,7 +91,7 @@ def threshold_for_leak(
     leaks, bound = leaks_at(reasoning, 1.0), 1.0
     for step in range(steps, -1, -1):
         open_ = leaks_at(reasoning, step / steps)
-        upper = binomial_upper(open_, turns, delta)
+        upper = bound if best is not None and open_ == leaks else binomial_upper(open_, turns, delta)
         if upper > alpha:
             bound = upper if best is None else bound
             break

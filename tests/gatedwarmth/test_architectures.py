@@ -277,8 +277,8 @@ INTRODUCTION = (
     "  a mixture of experts; an adapter that names a router's linear layer gates it.",
     "- transformers 5 keeps experts as fused parameters. PEFT reaches them by `target_parameters`, which is refused",
     "  by name.",
-    "- Experts that are a list of linear layers see only some tokens, in an order of their own: one gate for all tokens",
-    "  of a pass works, gates that differ between tokens are refused with an error.",
+    "- Experts that are a list of linear layers see only some tokens, in an order of their own: one gate for all",
+    "  tokens of a pass works, gates that differ between tokens are refused with an error.",
 )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
@@ -144,13 +144,14 @@ HASHED = (9145, 4.0458)
 
 
 def test_features_are_in_range() -> None:
-    settings = TextSettings(bits=6, vectors=True)
+    chosen = TextSettings(bits=6, vectors=True)
     for conversation in some_conversations():
-        columns, values = features(conversation, settings)
+        columns, values = features(conversation, chosen)
         assert len(columns) == len(values)
-        assert columns.min() >= 0 and columns.max() < settings.columns
+        assert columns.min() >= 0 and columns.max() < chosen.columns
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.text(max_size=200))
 def test_any_text_has_features(text: str) -> None:
     _, values = features(asks(text), TextSettings(bits=8))
@@ -158,14 +159,14 @@ def test_any_text_has_features(text: str) -> None:
 
 
 def test_the_turn_before_counts_and_a_long_turn_is_bounded() -> None:
-    settings = TextSettings(bits=8, letters=100)
+    chosen = TextSettings(bits=8, letters=100)
     last: Message = {"role": "user", "content": "yes"}
     earlier: Message = {"role": "assistant", "content": "Shall I compute it?"}
-    assert len(features([earlier, last], settings)[0]) > len(features([last], settings)[0])
-    long = features(asks("a b " * 100_000), settings)
+    assert len(features([earlier, last], chosen)[0]) > len(features([last], chosen)[0])
+    long = features(asks("a b " * 100_000), chosen)
     assert len(long[0]) < 1000
     with pytest.raises(RouterError, match="empty"):
-        features([], settings)
+        features([], chosen)
 
 
 def test_word_vectors_become_one_number_a_word(llama: object, tokenizer: object, tmp_path: Path) -> None:
@@ -218,10 +219,10 @@ def test_no_router_folder(tmp_path: Path) -> None:
 
 
 def test_nan_weights() -> None:
-    settings = TextSettings(bits=4)
-    weight = np.full((settings.columns, 1), np.nan)
+    chosen = TextSettings(bits=4)
+    weight = np.full((chosen.columns, 1), np.nan)
     with pytest.raises(RouterError, match="NaN"):
-        TextRouter(TextWeights(weight, settings), np.zeros(1), Card())
+        TextRouter(TextWeights(weight, chosen), np.zeros(1), Card())
 
 
 def test_training_refuses_what_cannot_work(tmp_path: Path) -> None:
@@ -304,6 +305,7 @@ def test_leak_threshold_by_hand() -> None:
     assert wrong.threshold is None and wrong.leaks == 100 and "no threshold" in wrong.line()
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.floats(0, 1), min_size=1, max_size=200),
     st.floats(0.01, 0.5),
