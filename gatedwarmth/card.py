@@ -41,6 +41,6 @@ def model_card(model: GatedWarmthModel) -> str:
         lines.append(f"\n## Router\n\n{model.router.describe()}")
     lines.append(
         "\n## Limits\n\nThe figures above are what was measured when the parts were trained. Warmth can come with "
-        "agreement to false statements (arXiv:2507.21919): run `gatedwarmth eval run` on a model before you rely on it.\n"
+        "agreement to false statements (arXiv:2507.21919): run `gatedwarmth eval run` before you rely on a model.\n"
     )
     return "\n".join(lines)

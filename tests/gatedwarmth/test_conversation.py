@@ -52,8 +52,8 @@ def random_talk(model: GatedWarmthModel, steps: list[tuple[str, str, float, floa
     return talk
 
 
-@given(st.lists(step, min_size=1, max_size=5))
-@settings(max_examples=15, deadline=None)
+@given(st.lists(step, min_size=1, max_size=4))
+@settings(max_examples=8, deadline=None)
 def test_any_history_equals_recompute(model: GatedWarmthModel, steps: list[tuple[str, str, float, float]]) -> None:
     assert distance_to_recompute(random_talk(model, steps)) < 1e-4
 
