@@ -16,7 +16,7 @@ from gatedwarmth.bench.subjects import TRAITS, acting_adapter
 from gatedwarmth.data import Message, load_turns
 from gatedwarmth.injection import decoder_layers
 from gatedwarmth.kernels.bench import Clock, Contender, clock_for, measure
-from gatedwarmth.router.text import TextRouter, TextSettings, TextWeights
+from gatedwarmth.router import Card, ProbeRouter, Router, TextRouter, TextSettings, TextWeights
 from gatedwarmth.templates import render
 
 NAME = "router"
