@@ -29,8 +29,10 @@ _OTHER_KINDS = {
     "lora_embedding": "LoRA on an embedding: leave embeddings out of target_modules",
     "modules_to_save": "modules_to_save: whole modules replaced by trained copies cannot be gated",
     "lora_B.bias": "lora_bias: leave it off",
-    "base_layer": "trained base weights or biases: train with bias='none'",
     "trainable_tokens": "trainable_token_indices: train without them",
+    "base_layer.weight": "a copy of the base's embeddings: save it with save_embedding_layers=False",
+    "embed_tokens.weight": "a copy of the base's embeddings: save it with save_embedding_layers=False",
+    "base_layer": "trained base biases: train with bias='none'",
 }
 
 
@@ -70,11 +72,12 @@ def load_adapter(source: str | Path) -> Adapter:
     config = _read_config(folder)
     tensors = _read_weights(folder)
     layers: dict[str, dict[str, Tensor]] = {}
+    refused = [key for key in tensors if not _KEY.match(key)]
+    if refused:
+        raise AdapterError(f"{folder}: {_why_refused(refused)}")
     for key, tensor in tensors.items():
-        match = _KEY.match(key)
-        if match is None:
-            raise AdapterError(f"{folder}: weight {key!r} is {_why_refused(key)}")
-        layers.setdefault(match["path"], {})[match["side"]] = tensor
+        if match := _KEY.match(key):
+            layers.setdefault(match["path"], {})[match["side"]] = tensor
     if not layers:
         raise AdapterError(f"{folder / WEIGHTS} holds no LoRA weights")
     return Adapter({path: _layer(folder, path, sides, config) for path, sides in layers.items()}, config)
@@ -110,6 +113,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
         "alpha_pattern": {_exactly(path): _number(value) for path, value in alphas.items() if value != alpha},
         "target_modules": _targets(adapter),
         "layers_to_transform": None,
+        "layers_pattern": None,
         "inference_mode": True,
         "bias": "none",
     }
@@ -167,6 +171,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         "modules_to_save": _OTHER_KINDS["modules_to_save"],
         "lora_bias": _OTHER_KINDS["lora_B.bias"],
         "target_parameters": "target_parameters: LoRA on bare parameters, such as fused experts, cannot be gated",
+        "trainable_token_indices": _OTHER_KINDS["trainable_tokens"],
         "layer_replication": "layer_replication: replicated layers share weights",
         "use_qalora": "QALoRA (use_qalora): it pools the layer's input",
         "use_bdlora": "BD-LoRA (use_bdlora): its blocks are no plain product",
@@ -227,11 +232,13 @@ def _exactly(path: str) -> str:
     return "^" + re.escape(path)
 
 
-def _why_refused(key: str) -> str:
+def _why_refused(keys: Sequence[str]) -> str:
+    """What the most telling of some weights is a part of."""
     for part, why in _OTHER_KINDS.items():
-        if part in key:
-            return f"of {why}"
-    return "not the lora_A or lora_B of a layer; only plain LoRA on linear layers can be gated"
+        for key in keys:
+            if part in key:
+                return f"weight {key!r} is of {why}"
+    return f"weight {keys[0]!r} is not the lora_A or lora_B of a layer; only plain LoRA on linear layers can be gated"
 
 
 def _commonest(values: Any) -> Any:

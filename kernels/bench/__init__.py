@@ -4,6 +4,7 @@ Benchmarks of whole models, of training and of the routers are in `gatedwarmth.b
 """
 
 from gatedwarmth.kernels.bench.measure import (
+    Clock,
     Contender,
     CudaClock,
     Measured,
@@ -18,6 +19,7 @@ from gatedwarmth.kernels.bench.op import OPS, OpSettings, measure_op
 from gatedwarmth.kernels.bench.shapes import OpShape, load_shapes
 
 __all__ = [
+    "Clock",
     "OPS",
     "Contender",
     "CudaClock",

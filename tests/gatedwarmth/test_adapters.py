@@ -18,6 +18,7 @@ from torch import Tensor
 from gatedwarmth import GatedWarmthModel
 from gatedwarmth.adapters import Adapter, LoraWeights, load_adapter, save_adapter
 from gatedwarmth.errors import AdapterError
+from gatedwarmth.injection import fresh_adapter
 
 CLOSE = 1e-5
 IDS = torch.randint(4, 250, (2, 11), generator=torch.Generator().manual_seed(5))
@@ -97,6 +98,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "LoRA bias": ({"lora_bias": True}, "lora_bias"),
     "modules_to_save": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "modules_to_save"),
     "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "LoRA on an embedding"),
+    "output layer": ({"target_modules": ["q_proj", "lm_head"]}, "save_embedding_layers=False"),
     "tokens": ({"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]}, "trainable_token"),
     "parameters": (
         {"target_modules": ["q_proj"], "target_parameters": ["mlp.down_proj.weight"]},
@@ -231,7 +233,11 @@ def test_gated_and_peft_models_are_not_wrapped_again(adapters: dict[str, Path]) 
 
 def test_traits_on_disjoint_layers_and_tied_embeddings(tmp_path: Path) -> None:
     one = peft_adapter(tiny_llama(), tmp_path / "one", 1, r=2, target_modules=["q_proj"])
-    two = peft_adapter(tiny_llama(), tmp_path / "two", 2, r=5, target_modules=["k_proj", "gate_proj", "lm_head"])
+    adapter = fresh_adapter(tiny_llama(), 5, 10, ["k_proj", "gate_proj", "lm_head"])
+    for weights in adapter.layers.values():
+        weights.b.normal_(std=0.2)
+    two = tmp_path / "two"
+    save_adapter(adapter, two)
     model = wrapped(one, two)
     embedding = model.base.get_input_embeddings().weight
     assert model.base.lm_head.weight is embedding

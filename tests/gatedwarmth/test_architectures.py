@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gatedwarmth import GatedWarmthModel
-from gatedwarmth.adapters import load_adapter
+from gatedwarmth.adapters import load_adapter, save_adapter
 from gatedwarmth.errors import AdapterError
-from gatedwarmth.injection import ROUTERS, fresh_adapter, target_paths
+from gatedwarmth.injection import ROUTERS, fresh_adapter, linear_shape, target_paths
 
 CLOSE = 1e-5
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -38,8 +38,9 @@ class Case:
     @cached_property
     def adapters(self) -> dict[str, Path]:
         some = list(self.made.some)
+        most = self.made.most if isinstance(self.made.most, str) else list(self.made.most)
         return {
-            "warmth": peft_adapter(self.made.build(), self.folder / "warm", 1, r=5, lora_alpha=10),
+            "warmth": peft_adapter(self.made.build(), self.folder / "warm", 1, r=5, lora_alpha=10, target_modules=most),
             "neutral": peft_adapter(self.made.build(), self.folder / "cool", 2, r=3, target_modules=some),
         }
 
@@ -58,7 +59,7 @@ class Case:
     def peft(self) -> PeftModel:
         peft = PeftModel.from_pretrained(self.made.build(), self.adapters["warmth"], adapter_name="warmth")
         peft.load_adapter(self.adapters["neutral"], "neutral")
-        peft.add_weighted_adapter(["warmth", "neutral"], [0.5, 0.5], "half", combination_type="cat")
+        peft.add_weighted_adapter(["warmth", "neutral"], [0.5, 0.5], "even mix", combination_type="cat")
         return peft.eval()
 
 
@@ -93,7 +94,7 @@ def one_hot(case: Case) -> None:
 
 
 def half_half(case: Case) -> None:
-    against_peft(case, "half", {"warmth": 0.5, "neutral": 0.5})
+    against_peft(case, "even mix", {"warmth": 0.5, "neutral": 0.5})
 
 
 @torch.no_grad()
@@ -186,11 +187,13 @@ def test_parity(case: Case, check: Callable[[Case], None]) -> None:
 
 
 def test_fresh_adapter_takes_all_linear_layers_but_routers(case: Case) -> None:
-    prefix = "base_model.model."
-    tuned = {name.removeprefix(prefix).rpartition(".lora_A")[0] for name, _ in case.peft.named_modules()}
-    expected = {path for path in tuned if path and path.rpartition(".")[2] not in ROUTERS}
+    linear = {path for path, module in case.made.build().named_modules() if linear_shape(module)}
+    expected = {path for path in linear - {"lm_head"} if path.rpartition(".")[2] not in ROUTERS}
     chosen = fresh_adapter(case.made.build(), rank=2, alpha=4).layers
     assert set(chosen) == expected
+    if case.made.most == "all-linear":
+        names = (name.removeprefix("base_model.model.") for name, _ in case.peft.named_modules())
+        assert set(chosen) == {name.rpartition(".lora_A")[0] for name in names if name.endswith(".lora_A")}
     model = GatedWarmthModel.from_pretrained(
         case.made.build(), {"new": fresh_adapter(case.made.build(), 2, 4)}, tokenizer=byte_tokenizer()
     )
@@ -243,7 +246,11 @@ def test_experts_in_a_list_take_one_gate_for_all_tokens_and_refuse_more() -> Non
 
 def test_the_output_layer_can_be_gated(tmp_path: Path) -> None:
     made = ARCHITECTURES["Mistral"]
-    folder = peft_adapter(made.build(), tmp_path / "a", 1, target_modules=["lm_head", "q_proj"])
+    adapter = fresh_adapter(made.build(), 3, 6, ["lm_head", "q_proj"])
+    for weights in adapter.layers.values():
+        weights.b.normal_(std=0.2)
+    folder = tmp_path / "a"
+    save_adapter(adapter, folder)
     model = GatedWarmthModel.from_pretrained(made.build(), {"a": folder}, tokenizer=byte_tokenizer())
     gates = torch.rand(3, 13, 1, generator=torch.Generator().manual_seed(0))
     for grad in (False, True):

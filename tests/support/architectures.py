@@ -22,11 +22,12 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to configure it; `some` are the targets of the second trait; `why` it is on the list."""
+    """How to configure it; `some` are the targets of the second trait; `why` it is on the list; `most`: of the first."""
 
     config: Callable[[], PretrainedConfig]
     some: tuple[str, ...]
     why: str
+    most: str | tuple[str, ...] = "all-linear"
 
     def build(self, seed: int = 0) -> PreTrainedModel:
         """The same weights at every call with the same seed."""
@@ -34,6 +35,8 @@ class Architecture:
         return AutoModelForCausalLM.from_config(self.config()).eval()
 
 
+# PEFT's "all-linear" would reach the fused experts, which cannot be gated.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 QVD = ("q_proj", "v_proj", "down_proj")
 ARCHITECTURES = {
     "Llama": Architecture(lambda: hf.LlamaConfig(**COMMON, tie_word_embeddings=True), QVD, "tied embeddings"),
@@ -80,7 +83,10 @@ ARCHITECTURES = {
         "multipliers",
     ),
     "Mixtral": Architecture(
-        lambda: hf.MixtralConfig(**COMMON, **MOE, num_local_experts=4), ("q_proj", "o_proj"), "mixture of experts"
+        lambda: hf.MixtralConfig(**COMMON, **MOE, num_local_experts=4),
+        ("q_proj", "o_proj"),
+        "mixture of experts",
+        ATTENTION,
     ),
     "Qwen2-MoE": Architecture(
         lambda: hf.Qwen2MoeConfig(
@@ -93,5 +99,6 @@ ARCHITECTURES = {
         ),
         ("q_proj", "down_proj"),
         "shared expert with its gate, dense and sparse layers",
+        (*ATTENTION, "gate_proj", "up_proj", "down_proj"),
     ),  # fmt: skip
 }
