@@ -122,6 +122,8 @@ class Siblings:
     def _outputs(self, members: list[GatedLinear], x: Tensor, plan: GatePlan) -> list[Tensor]:
         placed = x.dim() == 3 and x.shape[:2] == (plan.batch, plan.tokens) and members[0].sees != "some"
         if torch.is_grad_enabled() or not placed:
+            if torch.is_grad_enabled() and any(m.a.requires_grad or m.b.requires_grad for m in members):
+                self.split()  # an optimiser may write to the adapters next, and fused ones leave no version behind
             return _differentiable(members, x, plan)
         few = plan.start == 0 and x.shape[0] * x.shape[1] <= FUSED_TOKENS
         few = few and not torch.is_autocast_enabled(x.device.type)  # the fused product has one dtype

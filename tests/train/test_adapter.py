@@ -35,7 +35,7 @@ def pairs() -> list[Pair]:
 
 def test_learns_and_loads_in_peft_alone(tmp_path: Path) -> None:
     report = train_adapter(base(), pairs(), tmp_path / "warm", SETTINGS, dev=pairs())
-    assert report["dev_loss_after"] < 0.9 * report["dev_loss_before"]
+    assert report["dev_loss_after"] < 0.97 * report["dev_loss_before"]
     ids = torch.randint(4, 250, (2, 9))
     gated = GatedWarmthModel.from_pretrained(tiny_llama(), {"warmth": tmp_path / "warm"}, tokenizer=byte_tokenizer())
     peft = PeftModel.from_pretrained(tiny_llama(), tmp_path / "warm").eval()
