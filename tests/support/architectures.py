@@ -22,7 +22,7 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to configure it; `most` and `some`: targets of the first and second trait; `why` it is on the list."""
+    """How to configure it; `most` and `some` are the targets of the two traits; `why` it is on the list."""
 
     config: Callable[[], PretrainedConfig]
     some: tuple[str, ...]
