@@ -74,7 +74,8 @@ def gate_zero(case: Case) -> None:
             assert torch.equal(case.model(IDS, gates={}).logits, expected)
             assert torch.equal(case.model(IDS).logits, expected)
     mixed = case.model(IDS, gates=torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])).logits
-    assert torch.equal(mixed[[0, 2]], expected[[0, 2]])
+    # A mixture of experts groups the tokens of a batch, so the other row may change the last bits of these.
+    assert apart(mixed[[0, 2]], expected[[0, 2]]) < CLOSE
 
 
 def against_peft(case: Case, adapter: str, gates: dict[str, float]) -> None:
