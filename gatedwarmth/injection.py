@@ -50,14 +50,23 @@ class Injection:
             layer.siblings.forget()
 
     def adapter(self, trait: int, config: dict[str, object]) -> Adapter:
-        """The weights of one trait as they are now."""
+        """The weights of one trait as they are now. Of a sharded model all processes have to ask together."""
         weights: dict[str, LoraWeights] = {}
         for path, layer in self.layers.items():
             if layer.ranks[trait]:
-                a = layer.a.detach().split(layer.ranks)[trait]
-                b = layer.b.detach().split(layer.ranks, dim=1)[trait]
+                a = whole(layer.a).split(layer.ranks)[trait]
+                b = whole(layer.b).split(layer.ranks, dim=1)[trait]
                 weights[path] = LoraWeights(a, b, layer.scalings[trait])
         return Adapter(weights, dict(config))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The detached tensor, put together from all processes where FSDP has sharded it."""
+    if not torch.distributed.is_available():
+        return tensor.detach()
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def inject(base: nn.Module, adapters: Mapping[str, Adapter]) -> Injection:

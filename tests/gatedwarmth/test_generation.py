@@ -335,11 +335,11 @@ def test_two_processes_get_the_gradients_of_one(way: str, adapters: dict[str, Pa
     two_processes.loss_of(model).backward()
     expected = dict(two_processes.gradients(model))
     script, target = Path(two_processes.__file__), tmp_path / "gradients.safetensors"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511", str(script)]
-    path = os.pathsep.join([str(script.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1"}
     run = [*command, way, str(adapters["warmth"]), str(target)]
-    subprocess.run(run, env=environment, check=True, timeout=280)
+    # Not in the repository's root: `python -m` puts that on the path, where kernels/ shadows the package of that name.
+    subprocess.run(run, cwd=tmp_path, env=environment, check=True, timeout=280)
     found = load_file(target)
     assert found.keys() == expected.keys()
     assert all((found[name] - expected[name]).abs().max() < 1e-6 for name in found)

@@ -15,6 +15,8 @@ from tiny import byte_tokenizer, tiny_llama
 from torch import Tensor
 
 from gatedwarmth import GatedWarmthModel
+from gatedwarmth.adapters import load_adapter
+from gatedwarmth.injection import decoder_layers
 
 IDS = torch.randint(4, 250, (4, 9), generator=torch.Generator().manual_seed(5))
 GATES = torch.tensor([[1.0], [0.25], [0.0], [0.5]])
@@ -56,9 +58,13 @@ def with_fsdp(folder: str) -> dict[str, Tensor]:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = gated(folder)
-    for layer in model.base.model.layers:
+    for layer in decoder_layers(model.base):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    stacked = model.injection.layers["model.layers.0.mlp.down_proj"].a
+    assert stacked.to_local().numel() * dist.get_world_size() == stacked.numel()
+    read, kept = load_adapter(folder), model.adapter("warmth")
+    assert all(torch.equal(read.layers[path].b, layer.b) for path, layer in kept.layers.items())
     loss_of(model, dist.get_rank(), dist.get_world_size()).backward()
     return {name: gradient.full_tensor() for name, gradient in gradients(model)}
 
