@@ -67,7 +67,8 @@ def run(
     )
     if not model.is_dir():
         raise EvaluationError(f"{model} is no folder; give one that `save_pretrained` or `gatedwarmth demo` wrote")
-    loaded = GatedWarmthModel.from_pretrained(model, dtype=getattr(torch, dtype.value) if dtype else None)
+    # All arms through the same arithmetic: merged weights round otherwise.
+    loaded = GatedWarmthModel.from_pretrained(model, dtype=getattr(torch, dtype.value) if dtype else None, merge=False)
     identity = {**identify(model), "dtype": dtype.value if dtype else "of the checkpoint"}
     print_table(evaluate(loaded, out, settings, identity))
     Console().print(f"report: {out / 'report.html'}", highlight=False)

@@ -179,26 +179,28 @@ class Conversation:
 
     def _decide(self, prompt: Prompt) -> Decision:
         router = self.model.require_router()
-        row = router.probabilities([self.messages], lambda layer: self._hidden(prompt, layer))[0]
+        row = router.probabilities([self.messages], lambda layers: self._hidden(prompt, layers))[0]
         named = dict(zip(router.traits, map(float, row), strict=True))
         previous = dict(self._probabilities) if self._probabilities else None
         decision = decision_of(named, self.model.policy, router.describe(), previous)
         self._probabilities = decision.probabilities
         return decision
 
-    def _hidden(self, prompt: Prompt, layer: int) -> Tensor:
-        """The base's state at the last token before the header, computed on top of the cache and kept in it."""
+    def _hidden(self, prompt: Prompt, layers: Sequence[int]) -> Tensor:
+        """The base's states up to the assistant header, computed on top of the cache and kept in it."""
         nothing = TurnGates(dict.fromkeys(self.model.traits, 0.0))
         wanted = self.wanted_gates(prompt, nothing)
         end = prompt.response_start
-        self._crop(self._valid(prompt.ids[:end], wanted[:end], end - 1))
+        self._crop(self._valid(prompt.ids[:end], wanted[:end], prompt.read_start))
         first = len(self.ids)
         ids = torch.tensor([prompt.ids[first:end]], device=self.model.device)
         with torch.no_grad():
-            output, state = self.model.hidden_after(layer, ids, wanted[None, first:end], self.cache)
+            output, states = self.model.hidden_after(
+                layers, [prompt.read_start - first], ids, wanted[None, first:end], self.cache
+            )
         self.cache = output.cache
         self.ids, self.gates = prompt.ids[:end], wanted[:end]
-        return state
+        return states
 
     # --- the cache
 

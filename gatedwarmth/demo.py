@@ -43,9 +43,11 @@ class Plan:
 
     pairs: training pairs at most, the shortest ones; 0 for all. attempts: settings of the warmth adapter, tried in turn
     until the manipulation check passes. neutral: settings of the neutral adapter. check: the check's evaluation, None
-    to take the first attempt as it is. eval: the comparison of arms.
+    to take the first attempt as it is. eval: the comparison of arms. router: its kind; a probe first has to run the base
+    over all turns, which takes longer than the quick plan has.
     """
 
+    router: str
     pairs: int
     attempts: tuple[AdapterSettings, ...]
     neutral: AdapterSettings
@@ -55,6 +57,7 @@ class Plan:
 
 QUICK_ADAPTER = AdapterSettings("warm", rank=16, lr=1e-3, max_steps=14, batch_size=4, save_steps=7)
 QUICK = Plan(
+    router="text",
     pairs=80,
     attempts=(QUICK_ADAPTER,),
     neutral=dataclasses.replace(QUICK_ADAPTER, style="neutral"),
@@ -70,6 +73,7 @@ QUICK = Plan(
     ),
 )
 FULL = Plan(
+    router="probe",
     pairs=0,
     attempts=(
         AdapterSettings("warm", rank=16, lr=1e-3, epochs=1.0),
@@ -88,8 +92,8 @@ FULL = Plan(
     eval=EvalSettings(
         contexts=("plain", "sad"),
         beliefs=("none", "wrong"),
-        limit=25,
-        limit_turns=40,
+        limit=40,
+        limit_turns=50,
         batch_size=20,
         max_new_tokens=48,
         repetition_penalty=1.1,
@@ -106,8 +110,8 @@ def run_demo(out: Path, full: bool = False, base_name: str = bases.DEFAULT) -> R
     work = out / "work"
     base = bases.load(base_name, dtype=torch.float32)
     _say(f"Base: {base.name} ({base.source})")
-    _say("1. Router: text n-grams on the training turns")
-    router = train_router("text", work / "router")
+    _say(f"1. Router: {plan.router}, on the training turns")
+    router = train_router(plan.router, work / "router", base if plan.router == "probe" else None)
     for line in router.lines():
         _say("   " + line)
     train, dev = load_pairs("train"), load_pairs("dev")
@@ -147,7 +151,7 @@ def _train_warmth(base: bases.Base, train: list[Pair], dev: list[Pair], plan: Pl
         report = train_adapter(_training(base), train, folder, settings, dev)
         if plan.check is None:
             return folder
-        model = GatedWarmthModel.from_pretrained(_serving(base), {"warmth": folder})
+        model = GatedWarmthModel.from_pretrained(_serving(base), {"warmth": folder}, merge=False)
         try:
             results = evaluate(model, work / f"check-{number}", plan.check, identify(folder))
         finally:
@@ -163,7 +167,7 @@ def _train_warmth(base: bases.Base, train: list[Pair], dev: list[Pair], plan: Pl
 
 def _assemble(base: bases.Base, warmth: Path, neutral: Path, router: Path, out: Path) -> GatedWarmthModel:
     adapters = {"warmth": warmth, "neutral": neutral}
-    model = GatedWarmthModel.from_pretrained(_serving(base), adapters, load_router(router))
+    model = GatedWarmthModel.from_pretrained(_serving(base), adapters, load_router(router), merge=False)
     if not (out / "gatedwarmth.json").is_file():
         model.save_pretrained(out)
     return model

@@ -151,10 +151,18 @@ class GatePlan:
 
         return self._once((scalings, like.device, like.dtype), make)
 
-    def columns(self, ranks: tuple[int, ...], scalings: tuple[float, ...], like: Tensor) -> Tensor:
-        """[batch, tokens or 1, R]: the scaled gate of every rank column, made once for all layers of a pass."""
-        key = (ranks, scalings, like.device, like.dtype)
-        return self._once(key, lambda: gate_columns(self.scaled(scalings, like), ranks))
+    def columns(self, ranks: Sequence[tuple[int, ...]], scalings: tuple[float, ...], like: Tensor) -> Tensor:
+        """[batch, tokens or 1, R of all]: the scaled gate of every rank column, made once for all layers of a pass.
+
+        ranks: of one layer, or of several that share their work.
+        """
+
+        def make() -> Tensor:
+            return gate_columns(
+                self.scaled(scalings, like).repeat(1, 1, len(ranks)), [r for each in ranks for r in each]
+            )
+
+        return self._once((*ranks, scalings, like.device, like.dtype), make)
 
     def flat(self, scalings: tuple[float, ...], like: Tensor) -> Tensor:
         """[batch · tokens, traits] times scaling, zeros before `start`: what the kernels take."""

@@ -13,9 +13,6 @@ from gatedwarmth.errors import GateError
 from gatedwarmth.gates import GatePlan, GatesInForce
 from gatedwarmth.kernels import gated_lora_siblings
 
-# Up to this many tokens q/k/v (or gate/up) and their A run as one product: fewer calls matter more than a copy there.
-FUSED_TOKENS = 64
-
 # Which tokens of a pass a layer is handed: all of them; some, in an order of its own (an expert of a mixture); or the
 # last columns (the output layer, under logits_to_keep).
 Sees = Literal["all", "some", "last"]
@@ -94,15 +91,18 @@ class Siblings:
         self._ready: dict[int, Tensor] = {}
         self._input: Tensor | None = None
         self._plan: GatePlan | None = None
-        self._fused: Fused | None = None
+        self._stack: Tensor | None = None
+        self._route: Route | None = None
 
     def output(self, member: GatedLinear, x: Tensor, plan: GatePlan) -> Tensor:
         """The output of `member` for x [..., in]."""
-        if len(self.members) == 1 or torch.compiler.is_compiling():
-            return self._outputs([member], x, plan)[0]
+        if torch.compiler.is_compiling():
+            return _outputs([member], x, plan, member.a)[0]
         if self._input is not x or self._plan is not plan or id(member) not in self._ready:
+            outputs = self._all_outputs(x, plan)
+            if len(self.members) == 1:
+                return outputs[0]
             self._input, self._plan = x, plan
-            outputs = self._outputs(self.members, x, plan)
             self._ready = {id(m): y for m, y in zip(self.members, outputs, strict=True)}
         y = self._ready.pop(id(member))
         if not self._ready:
@@ -110,39 +110,85 @@ class Siblings:
         return y
 
     def forget(self) -> None:
-        """Let go of outputs that nobody picked up."""
-        self._ready, self._input, self._plan = {}, None, None
+        """Let go of outputs that nobody picked up, and of what was looked up for a plan."""
+        self._ready, self._input, self._plan, self._route = {}, None, None, None
+
+    def _all_outputs(self, x: Tensor, plan: GatePlan) -> list[Tensor]:
+        if torch.is_grad_enabled() or x.is_cuda:  # on GPUs the kernel also serves passes without gradients
+            return _differentiable(self.members, x, plan)
+        route = self._route
+        if route is None or not route.serves(x, plan):
+            if not _can_route(self.members, x, plan):
+                return _outputs(self.members, x, plan, self.stacked())
+            route = self._route = Route(self.members, self.stacked(), x, plan)
+        return route.outputs(x)
+
+    def stacked(self) -> Tensor:
+        """[R of all, in]: the members' A in one matrix, of which their own become views: no copy is kept."""
+        if len(self.members) == 1:
+            return self.members[0].a
+        if self._stack is not None:
+            return self._stack
+        parts = [m.a for m in self.members]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.cat([*parts])  # a sharded model owns its weights' storage, so nothing may be moved there
+        with torch.inference_mode(False):  # or a later training could not save the weights for its backward pass
+            self._stack = torch.cat([a.data for a in parts])
+            _point(parts, self._stack.split([a.shape[0] for a in parts]))
+        return self._stack
 
     def split(self) -> None:
-        """Give fused base weights storage of their own again, bit for bit."""
-        if self._fused is not None:
-            self._fused.restore()
-            self._fused = None
-
-    def _outputs(self, members: list[GatedLinear], x: Tensor, plan: GatePlan) -> list[Tensor]:
-        placed = x.dim() == 3 and x.shape[:2] == (plan.batch, plan.tokens) and members[0].sees != "some"
-        if torch.is_grad_enabled() or not placed:
-            if torch.is_grad_enabled() and any(m.a.requires_grad or m.b.requires_grad for m in members):
-                self.split()  # an optimiser may write to the adapters next, and fused ones leave no version behind
-            return _differentiable(members, x, plan)
-        few = plan.start == 0 and x.shape[0] * x.shape[1] <= FUSED_TOKENS
-        few = few and not torch.is_autocast_enabled(x.device.type)  # the fused product has one dtype
-        if few and len(members) == len(self.members) and self._can_fuse(x):
-            if self._fused is not None and self._fused.stale():
-                self.split()
-            self._fused = self._fused or Fused(members)
-            return self._fused.outputs(x, plan)
-        return _tail(members, x, plan)
-
-    def _can_fuse(self, x: Tensor) -> bool:
-        if self._fused is not None:
-            return self._fused.matrix.dtype == x.dtype
-        # A sharded model owns its weights' storage, so nothing may be moved there.
-        sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return not sharded and all(_is_plain(m.base) and _alike(m.weight, m.a, x) for m in self.members)
+        """Give stacked weights storage of their own again, bit for bit."""
+        self.forget()
+        if self._stack is not None:
+            parts = [m.a for m in self.members]
+            _point(parts, [a.data.clone() for a in parts])
+            self._stack = None
 
 
-def _is_plain(base: nn.Module) -> bool:
+def _point(owners: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
+    for owner, tensor in zip(owners, tensors, strict=True):
+        owner.data = tensor
+
+
+class Route:
+    """The shortest way to a group's outputs under one plan: all that can be looked up has been.
+
+    At one token a row the products of a gated layer take less time than Python takes to find their arguments.
+    """
+
+    def __init__(self, members: list[GatedLinear], a: Tensor, x: Tensor, plan: GatePlan) -> None:
+        self.plan, self.shape = plan, x.shape[:2]
+        self.a_t = a.T
+        columns = plan.columns([m.ranks for m in members], members[0].scalings, x)
+        self.columns = columns.expand(-1, plan.tokens, -1).flatten(0, 1)
+        self.widths = [m.a.shape[0] for m in members]
+        self.parts = [(m.weight, m.bias, m.b.T) for m in members]
+
+    def serves(self, x: Tensor, plan: GatePlan) -> bool:
+        """Whether it was made for inputs like x under this plan."""
+        return self.plan is plan and x.shape[:2] == self.shape and x.dtype == self.columns.dtype
+
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        flat = x.flatten(0, 1)
+        shrunk = torch.mm(flat, self.a_t).mul_(self.columns).split_with_sizes(self.widths, dim=1)
+        return [
+            F.linear(flat, weight, bias).addmm_(s, b_t).view(*self.shape, -1)
+            for (weight, bias, b_t), s in zip(self.parts, shrunk, strict=True)
+        ]
+
+
+def _can_route(members: list[GatedLinear], x: Tensor, plan: GatePlan) -> bool:
+    whole = _is_placed(members[0], x, plan) and plan.start == 0 and not torch.is_autocast_enabled(x.device.type)
+    return whole and all(is_plain(m.base) and _alike(m.weight, m.a, x) for m in members)
+
+
+def _is_placed(member: GatedLinear, x: Tensor, plan: GatePlan) -> bool:
+    """Whether x is [batch, tokens, in], every token in the place that the plan gives it."""
+    return x.dim() == 3 and x.shape[:2] == (plan.batch, plan.tokens) and member.sees != "some"
+
+
+def is_plain(base: nn.Module) -> bool:
     """A linear whose forward is the product alone: not quantised or parametrised, no hooks (nor accelerate's)."""
     hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base)
     return type(base) is nn.Linear and type(base.weight) is nn.Parameter and not hooked
@@ -152,8 +198,14 @@ def _alike(*tensors: Tensor) -> bool:
     return len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1
 
 
+def _outputs(members: list[GatedLinear], x: Tensor, plan: GatePlan, a: Tensor) -> list[Tensor]:
+    if torch.is_grad_enabled() or not _is_placed(members[0], x, plan):
+        return _differentiable(members, x, plan)
+    return _tail(members, x, plan, a)
+
+
 def _differentiable(members: list[GatedLinear], x: Tensor, plan: GatePlan) -> list[Tensor]:
-    """Through the kernel, with gradients; any leading shape."""
+    """Through the kernel, whose dispatch picks dense products or Triton; gradients; any leading shape."""
     bases = [m.base(x) for m in members]
     dtype = bases[0].dtype
     first = members[0]
@@ -195,69 +247,21 @@ def _uniform(plan: GatePlan, scalings: tuple[float, ...], like: Tensor) -> Tenso
     return gates[:1]
 
 
-def _tail(members: list[GatedLinear], x: Tensor, plan: GatePlan) -> list[Tensor]:
-    """The base on all tokens, the traits only from the first gated column on: prompts stay bitwise the base's."""
+def _tail(members: list[GatedLinear], x: Tensor, plan: GatePlan, a: Tensor) -> list[Tensor]:
+    """The base on all tokens, the traits only from the first gated column on: prompts stay bitwise the base's.
+
+    a: [R of all members, in]. The weights of q/k/v or gate/up are not joined into one product: at 8 rows of SmolLM2
+    that took 1.2 times as long as one product each (two AVX2 cores), while their shrink together costs one call.
+    """
     tail = x[:, plan.start :] if plan.start else x
-    a = members[0].a if len(members) == 1 else torch.cat([m.a for m in members])
-    shrunk = F.linear(tail.to(a.dtype), a).split([m.a.shape[0] for m in members], dim=-1)
+    shrunk = F.linear(tail.to(a.dtype), a)
+    shrunk = shrunk * plan.columns([m.ranks for m in members], members[0].scalings, shrunk)
     outputs = []
-    for member, s in zip(members, shrunk, strict=True):
+    for member, s in zip(members, shrunk.split([m.a.shape[0] for m in members], dim=-1), strict=True):
         y = member.base(x)
-        s = s * plan.columns(member.ranks, member.scalings, s)
-        part = y[:, plan.start :]
         if plan.start == 0 and y.is_contiguous() and y.dtype == s.dtype:
-            y.view(-1, y.shape[-1]).addmm_(s.reshape(-1, s.shape[-1]), member.b.T.to(s.dtype))
+            y.view(-1, y.shape[-1]).addmm_(s.flatten(0, 1), member.b.T.to(s.dtype))
         else:
-            part += (s @ member.b.T.to(s.dtype)).to(y.dtype)
+            y[:, plan.start :] += (s @ member.b.T.to(s.dtype)).to(y.dtype)
         outputs.append(y)
     return outputs
-
-
-class Fused:
-    """[W; A] of all siblings in one matrix, of which their own weights become views: no copy is kept.
-
-    y and the shrink of all siblings are one product, their expands one more (B block-diagonal).
-    """
-
-    def __init__(self, members: list[GatedLinear]) -> None:
-        self.members = members
-        weights = [m.weight for m in members]
-        self.widths = [w.shape[0] for w in weights]
-        self.ranks = tuple(r for m in members for r in m.ranks)
-        self.scalings = members[0].scalings
-        self.columns_key = tuple(m.ranks for m in members)
-        self.matrix = torch.cat([w.data for w in weights] + [m.a.data for m in members])
-        self.total = sum(self.widths)
-        self.b = torch.block_diag(*[m.b.data for m in members]).T.contiguous()
-        biases = [m.bias for m in members]
-        self.bias: Tensor | None = None
-        if any(bias is not None for bias in biases):
-            pairs = zip(weights, biases, strict=True)
-            parts = [w.new_zeros(w.shape[0]) if bias is None else bias.data for w, bias in pairs]
-            self.bias = torch.cat([*parts, self.matrix.new_zeros(self.matrix.shape[0] - self.total)])
-        self._point(self.matrix.split([*self.widths, *(m.a.shape[0] for m in members)]))
-        self._versions = self._current_versions()
-
-    def stale(self) -> bool:
-        """Whether an optimiser has written to the adapters since they were fused."""
-        return self._versions != self._current_versions()
-
-    def _current_versions(self) -> list[int]:
-        return [m.a._version + m.b._version for m in self.members]
-
-    def outputs(self, x: Tensor, plan: GatePlan) -> list[Tensor]:
-        product = F.linear(x, self.matrix, self.bias)
-        columns = torch.cat([plan.columns(r, self.scalings, x) for r in self.columns_key], dim=-1)
-        flat = product.view(-1, product.shape[-1])
-        scaled = product[..., self.total :] * columns
-        flat[:, : self.total].addmm_(scaled.view(-1, scaled.shape[-1]), self.b)
-        return list(product[..., : self.total].split(self.widths, dim=-1))
-
-    def restore(self) -> None:
-        weights = [m.weight.data.clone() for m in self.members]
-        self._point([*weights, *(m.a.data.clone() for m in self.members)])
-
-    def _point(self, tensors: Sequence[Tensor]) -> None:
-        owners = [*(m.weight for m in self.members), *(m.a for m in self.members)]
-        for owner, tensor in zip(owners, tensors, strict=True):
-            owner.data = tensor

@@ -22,7 +22,8 @@ from gatedwarmth.errors import GatedWarmthError, GateError, RouterError
 from gatedwarmth.gates import SCOPES, GatePlan, GateSchedule, PassGates, Policy, Scope, gates_tensor, policy_from_name
 from gatedwarmth.handoff import HandoffWatch
 from gatedwarmth.injection import decoder_layers, inject
-from gatedwarmth.prefill import Prefill, first_tensor
+from gatedwarmth.merging import Merging
+from gatedwarmth.prefill import Prefill, reading
 from gatedwarmth.router import load_router
 from gatedwarmth.router.base import Decision, Router
 from gatedwarmth.templates import Prompt, prompt_of
@@ -49,6 +50,8 @@ class GatedWarmthModel(nn.Module):
     router: decides when no gates are given; its traits must be among the adapters.
     policy: from probabilities to gates. scope: "response" gates the assistant header and the reply, "turn" the last
         user turn too.
+    merge: whether a reply whose gates stay the same may run on merged weights (`merging`); None for its rule, False
+        for never.
 
     Raises
     ------
@@ -62,6 +65,7 @@ class GatedWarmthModel(nn.Module):
         router: Router | None = None,
         policy: str | Policy = "soft",
         scope: Scope = "response",
+        merge: bool | None = None,
     ) -> None:
         super().__init__()
         if scope not in SCOPES:
@@ -76,6 +80,7 @@ class GatedWarmthModel(nn.Module):
             _report_other_bases(adapters, base.name)
         self.injection = inject(base.model, adapters)
         self.base: PreTrainedModel = base.model
+        self.merging = Merging(self.base, self.injection.layers.values(), merge)
         self._hook = self.base.register_forward_pre_hook(self._set_plan, with_kwargs=True)
         self._schedule: GateSchedule | PassGates | None = None
         self._lock = threading.RLock()
@@ -90,6 +95,7 @@ class GatedWarmthModel(nn.Module):
         router: str | Path | Router | None = None,
         policy: str | Policy | None = None,
         scope: Scope | None = None,
+        merge: bool | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -110,7 +116,7 @@ class GatedWarmthModel(nn.Module):
         base = _as_base(source, tokenizer, dtype, device)
         loaded = {name: a if isinstance(a, Adapter) else load_adapter(a) for name, a in (adapters or {}).items()}
         made = load_router(router) if isinstance(router, (str, Path)) else router
-        return cls(base, loaded, made, policy or "soft", scope or "response")
+        return cls(base, loaded, made, policy or "soft", scope or "response", merge)
 
     @property
     def device(self) -> torch.device:
@@ -211,6 +217,16 @@ class GatedWarmthModel(nn.Module):
         finally:
             self._overrides.reset(token)
 
+    @contextmanager
+    def gates_in_force(self, gates: Gates, batch: int = 1) -> Iterator[None]:
+        """For a generation loop of one's own: inside the block every pass of `model.base` runs under these gates.
+
+        gates: dict or [batch, traits]; each row also serves its beams. As in `generate`, a stretch may be merged.
+        """
+        rows = gates_tensor(self._overridden(gates, batch), self.traits, batch).to(self.device)
+        with self._in_force(GateSchedule(rows)):
+            yield
+
     @torch.no_grad()
     def generate_with(self, schedule: GateSchedule, length: int, **kwargs: Any) -> Any:
         """transformers' generate under a schedule of one's own; `length`: columns of the prompt."""
@@ -229,23 +245,32 @@ class GatedWarmthModel(nn.Module):
             return base.generate(**{key: value for key, value in kwargs.items() if value is not None})
 
     @torch.no_grad()
-    def hidden_after(self, layer: int, input_ids: Tensor, gates: Tensor | None, cache: Any, **kwargs: Any) -> Any:
-        """A pass that also returns the state after `layer` layers (from 1) at its last token: output, [batch, hidden].
+    def hidden_after(
+        self,
+        layers: Sequence[int],
+        starts: Sequence[int],
+        input_ids: Tensor,
+        gates: Tensor | None,
+        cache: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, Tensor]:
+        """A pass that also returns its states after some layers (from 1): output, [batch, layers, 2, hidden].
+
+        starts: the column of each row from which the mean is taken, see `prefill.reading`.
 
         Raises
         ------
         RouterError: the base has fewer layers.
         """
-        layers = decoder_layers(self.base)
-        if not 1 <= layer <= len(layers):
-            raise RouterError(f"the router reads layer {layer}, but this base has {len(layers)} layers; train it anew")
-        seen: list[Tensor] = []
-        handle = layers[layer - 1].register_forward_hook(lambda m, i, o: seen.append(first_tensor(o)[:, -1]))
-        try:
+        stack = decoder_layers(self.base)
+        missing = [layer for layer in layers if not 1 <= layer <= len(stack)]
+        if missing:
+            raise RouterError(
+                f"the router reads layer {missing[0]}, but this base has {len(stack)} layers; train it anew"
+            )
+        with reading([stack[layer - 1] for layer in layers], starts) as seen:
             output = self(input_ids=input_ids, gates=gates, cache=cache, use_cache=True, logits_to_keep=1, **kwargs)
-        finally:
-            handle.remove()
-        return output, seen[0]
+        return output, torch.stack(seen, dim=1)
 
     def effective(self, gates: Mapping[str, float]) -> dict[str, float]:
         """Gates by trait after a person's overrides, checked.
@@ -320,10 +345,11 @@ class GatedWarmthModel(nn.Module):
             finally:
                 self._schedule = before
                 self.injection.forget()
+                self.merging.end()
 
     def _set_plan(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each pass of the base. The plan stays until the next: checkpointed layers run again in backward."""
-        self.injection.in_force.plan = self._next_plan(args, kwargs)
+        self.injection.in_force.plan = self.merging.follow(self._next_plan(args, kwargs))
 
     def _next_plan(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GatePlan | None:
         if self._schedule is None:

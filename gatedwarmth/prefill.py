@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from gatedwarmth.errors import RouterError
 from gatedwarmth.templates import Prompt, pad_left
@@ -40,20 +42,42 @@ class Prefill:
         """What generate takes."""
         return {"input_ids": self.ids, "attention_mask": self.mask, "cache": self.cache}
 
-    def hidden(self, layer: int) -> Tensor:
-        """[batch, hidden]: the bare base's state after `layer` layers at the last token before the assistant header."""
+    def hidden(self, layers: Sequence[int]) -> Tensor:
+        """[batch, layers, 2, hidden]: what `reading` reads of the bare base, up to the assistant header."""
         starts = {self.column(row, prompt.response_start) for row, prompt in enumerate(self.prompts)}
         end = min(starts)
         if len(starts) > 1:
             raise RouterError(
                 "the assistant header differs in length between rows; route these conversations one by one"
             )
-        output, state = self.model.hidden_after(
-            layer, self.ids[:, :end], gates=None, cache=None, attention_mask=self.mask[:, :end]
+        reads = [self.column(row, prompt.read_start) for row, prompt in enumerate(self.prompts)]
+        output, states = self.model.hidden_after(
+            layers, reads, self.ids[:, :end], gates=None, cache=None, attention_mask=self.mask[:, :end]
         )
         if self.model.scope == "response" and end < self.length:
             self.cache = output.cache
-        return state
+        return states
+
+
+@contextmanager
+def reading(layers: Sequence[nn.Module], starts: Sequence[int]) -> Iterator[list[Tensor]]:
+    """Inside the block a pass leaves [batch, 2, hidden] of every layer, float32, in the list.
+
+    The state at the pass's last token, and the mean of the states from column `starts[row]` to the last.
+    """
+    seen: list[Tensor] = []
+
+    def read(module: nn.Module, given: object, output: Any) -> None:
+        states = first_tensor(output).float()
+        means = torch.stack([row[start:].mean(0) for row, start in zip(states, starts, strict=True)])
+        seen.append(torch.stack([states[:, -1], means], dim=1))
+
+    handles = [layer.register_forward_hook(read) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -35,6 +35,14 @@ class Prompt:
     turn_start: int
     response_start: int
 
+    @property
+    def read_start(self) -> int:
+        """Where a probe begins to read: with the last user turn, but never at the very first token of all.
+
+        That token's state is an attention sink, thousands of times as large as the others' (arXiv:2402.17762).
+        """
+        return min(max(self.turn_start, 1), self.response_start - 1)
+
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], header: bool = True) -> list[int]:
     """Token ids of `messages` in the base's chat template; with `header`, ready for the assistant to speak."""

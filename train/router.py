@@ -16,12 +16,13 @@ import dataclasses
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import track
 from scipy.linalg import cholesky, solve_triangular
 from scipy.sparse import csr_matrix, issparse
 from sklearn.linear_model import LogisticRegression
@@ -30,9 +31,11 @@ from gatedwarmth import bases
 from gatedwarmth.data import Message, Turn, data_hash, load_pairs, load_turns
 from gatedwarmth.errors import DataError, RouterError, TrainingError
 from gatedwarmth.files import read_jsonl
+from gatedwarmth.hardware import faster_dtype
 from gatedwarmth.router import Card, ProbeRouter, Router, TextRouter, TextSettings, TextWeights, load_router
+from gatedwarmth.router.base import ReadHidden
 from gatedwarmth.router.calibration import fit_calibration, metrics, threshold_for_leak
-from gatedwarmth.router.probe import hidden_states
+from gatedwarmth.router.probe import console, hidden_states
 from gatedwarmth.router.storage import DEFAULT_TRAITS, softmax_to_last
 from gatedwarmth.router.text import WORD, features, word_columns
 
@@ -41,9 +44,9 @@ KINDS = ("text", "probe")
 FOLDS = 5
 ALL_C = (1.0, 3.0, 10.0, 30.0)
 LAYER_C = 1.0
-LAYERS_KEPT = 3  # layers that are tried beside the text
-STATE = 2.0  # average length of a scaled state; the parts of a text have lengths around 1
-RECIPE = 3  # part of the settings' hash: raise it when the training changes
+LAYERS_KEPT, LAYERS_APART = 3, 3  # neighbouring layers say nearly the same
+STATE = 3.0  # average length of a row of scaled states; the parts of a text have lengths around 1
+RECIPE = 4  # part of the settings' hash: raise it when the training changes
 
 
 @dataclass(frozen=True)
@@ -305,7 +308,7 @@ def text_matrix(conversations: Sequence[Sequence[Message]], settings: TextSettin
 # --- probe
 
 
-def _probe(data: LabelledTurns, card: Card, base: Named) -> tuple[ProbeRouter, Callable[[int], Any]]:
+def _probe(data: LabelledTurns, card: Card, base: Named) -> tuple[ProbeRouter, ReadHidden]:
     import torch
 
     loaded = _loaded(base or bases.DEFAULT)
@@ -313,40 +316,64 @@ def _probe(data: LabelledTurns, card: Card, base: Named) -> tuple[ProbeRouter, C
     states = {s: hidden_states(loaded.model, loaded.tokenizer, part.conversations) for s, part in parts.items()}
     settings = TextSettings(vectors=True)
     text = text_inputs(parts["train"], settings, loaded)
-    layer, fit, weight, bias = fit_probe(states["train"], text.blocks, parts["train"], len(card.traits))
+    layers, fit, weight, bias = fit_probe(states["train"], text.blocks, parts["train"], len(card.traits))
     made = TextWeights(text.weight(fit.weights[1:]), settings)
-    logits = states["dev"][:, layer - 1] @ weight + bias + made.logits(parts["dev"].conversations)
+    chosen = _of_layers(states["dev"], layers)
+    logits = chosen @ weight + bias + made.logits(parts["dev"].conversations)
     scale, shift = fit_calibration(logits, parts["dev"].targets)
     scaled = TextWeights((made.weight * scale).astype(np.float32), settings)
     weight, bias = (weight * scale).astype(np.float32), (bias * scale + shift).astype(np.float32)
-    router = ProbeRouter(weight, bias, layer, loaded.name, _chosen(card, fit), scaled)
-    return router, lambda wanted: torch.from_numpy(states["test"][:, wanted - 1])
+    router = ProbeRouter(weight, bias, layers, loaded.name, _chosen(card, fit), scaled)
+    return router, lambda wanted: torch.from_numpy(states["test"][:, [layer - 1 for layer in wanted]])
 
 
 def fit_probe(
     states: np.ndarray, text: Sequence[Any], train: LabelledTurns, classes: int
-) -> tuple[int, Fit, np.ndarray, np.ndarray]:
-    """Layer, fit, and the weight and bias on raw states. states: [n, layers, hidden]. Layers count from 1.
+) -> tuple[tuple[int, ...], Fit, np.ndarray, np.ndarray]:
+    """Layers, fit, and the weight and bias on raw states. states: [n, layers, 2, hidden]. Layers count from 1.
 
-    Every layer is tried alone at one C; the best few then beside the text at every C.
+    Every layer is tried alone; the best ones that are not neighbours are then fitted together, beside the text.
     """
-    tried = {layer: _alone(states, layer, train) for layer in range(1, states.shape[1] + 1)}
-    kept = sorted(tried, key=lambda layer: tried[layer])[:LAYERS_KEPT]
-    fits = {layer: fit_blocks([_standardised(states, layer)[0], *text], train, classes) for layer in kept}
-    layer = min(fits, key=lambda key: float(fits[key].chosen["cross_validated_log_loss"]))
-    fit = dataclasses.replace(fits[layer], chosen={"layer": layer, **fits[layer].chosen})
-    _, mean, deviation = _standardised(states, layer)
+    steps = track(range(1, states.shape[1] + 1), "Trying layers", console=console, transient=True)
+    tried = {layer: _alone(states, layer, train) for layer in steps}
+    layers = spread(sorted(tried, key=lambda layer: tried[layer]))
+    scaled, mean, deviation = _standardised(states, layers)
+    fit = fit_blocks([scaled, *text], train, classes)
+    fit = dataclasses.replace(fit, chosen={"layers": list(layers), **fit.chosen})
     weight = fit.weights[0] / deviation[:, None]
-    return layer, fit, weight, fit.bias - mean @ weight
+    return layers, fit, weight, fit.bias - mean @ weight
+
+
+def spread(ranked: Sequence[int]) -> tuple[int, ...]:
+    """The first LAYERS_KEPT of `ranked` that are LAYERS_APART or more from each other, ascending.
+
+    >>> spread([17, 18, 20, 16, 13])
+    (13, 17, 20)
+    """
+    kept: list[int] = []
+    for layer in ranked:
+        if len(kept) < LAYERS_KEPT and all(abs(layer - other) >= LAYERS_APART for other in kept):
+            kept.append(layer)
+    return tuple(sorted(kept))
 
 
 def _alone(states: np.ndarray, layer: int, train: LabelledTurns) -> float:
-    return log_loss(out_of_fold(_standardised(states, layer)[0], train, LAYER_C), train.targets)
+    """Log loss of one layer on a fifth of the turns that its fit does not see: enough to rank layers."""
+    inside = train.folds != 0
+    x = _standardised(states, (layer,))[0]
+    classes = int(train.targets.max()) + 1
+    weight, bias = fit_logistic(x[inside], train.targets[inside], classes, LAYER_C)
+    return log_loss(softmax_to_last(x[~inside] @ weight + bias), train.targets[~inside])
 
 
-def _standardised(states: np.ndarray, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """States at a layer scaled so that a row has length STATE on average, their mean, and what they were divided by."""
-    x = states[:, layer - 1].astype(np.float64)
+def _of_layers(states: np.ndarray, layers: Sequence[int]) -> np.ndarray:
+    """float64 [n, layers · 2 · hidden]."""
+    return states[:, [layer - 1 for layer in layers]].reshape(len(states), -1).astype(np.float64)
+
+
+def _standardised(states: np.ndarray, layers: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """States of layers scaled so that a row has length STATE on average, their mean, and what they were divided by."""
+    x = _of_layers(states, layers)
     mean = x.mean(axis=0)
     deviation = (x.std(axis=0) + 1e-6) * np.sqrt(x.shape[1]) / STATE
     return (x - mean) / deviation, mean, deviation
@@ -422,7 +449,7 @@ def _training(kind: str, base: Named, data: LabelledTurns, seed: int) -> dict[st
 
 
 def _loaded(base: str | Path | bases.Base) -> bases.Base:
-    return base if isinstance(base, bases.Base) else bases.load(base)
+    return base if isinstance(base, bases.Base) else bases.load(base, faster_dtype())
 
 
 def _finished(out: Path, training: dict[str, Any]) -> Card | None:

@@ -146,7 +146,8 @@ def prefill_case(ids: Tensor) -> Case:
         arguments = subject.arguments(ids.shape[0])
 
         def run() -> Any:
-            return subject.module(input_ids=ids, use_cache=subject.cached, logits_to_keep=1, **arguments)
+            with subject.session(ids.shape[0]):
+                return subject.module(input_ids=ids, use_cache=subject.cached, logits_to_keep=1, **arguments)
 
         return Contender(name, run, note=subject.note)
 
@@ -182,6 +183,10 @@ class Decoding:
             self.cache.crop(-grown)
 
     def run(self) -> None:
+        with self.subject.session(self.ids.shape[0]):
+            self._steps()
+
+    def _steps(self) -> None:
         for column in range(self.context, self.ids.shape[1]):
             if self.subject.cached:
                 token = self.ids[:, column : column + 1]

@@ -113,11 +113,12 @@ def random_text_router() -> TextRouter:
 
 
 def random_probe(base: bases.Base) -> ProbeRouter:
-    """A probe at two thirds of the base's depth."""
+    """A probe of three layers around two thirds of the base's depth."""
     hidden = int(base.model.config.get_text_config().hidden_size)
-    layer = max(1, 2 * len(decoder_layers(base.model)) // 3)
-    weight = 0.01 * np.random.default_rng(0).normal(size=(hidden, 1)).astype(np.float32)
-    return ProbeRouter(weight, np.zeros(1, dtype=np.float32), layer, base.name, Card(TRAITS))
+    depth = len(decoder_layers(base.model))
+    layers = sorted({max(1, 2 * depth // 3 + step) for step in (-3, 0, 3)})
+    weight = 0.01 * np.random.default_rng(0).normal(size=(2 * len(layers) * hidden, 1)).astype(np.float32)
+    return ProbeRouter(weight, np.zeros(1, dtype=np.float32), layers, base.name, Card(TRAITS))
 
 
 def conversation_of(base: bases.Base, texts: list[str], length: int) -> list[Message]:

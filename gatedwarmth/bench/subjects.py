@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import ArrowConfig, PeftModel, XLoraConfig, create_arrow_model, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from gatedwarmth import GatedWarmthModel, bases
 from gatedwarmth.adapters import Adapter, cast, save_adapter
@@ -23,24 +24,32 @@ from gatedwarmth.injection import fresh_adapter
 
 Arguments = dict[str, Any]
 TRAITS = ("warmth", "neutral")
+ONE_GATE = torch.tensor([[0.7, 0.3]])
 
 
 def no_arguments(batch: int) -> Arguments:
     return {}
 
 
+def no_session(batch: int) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 @dataclass(frozen=True)
 class Subject:
     """Something that is called like a causal language model.
 
-    arguments: batch size → the keyword arguments that it needs besides input_ids. cached: whether its generation
-    keeps a key-value cache; one that does not computes the whole context at every step.
+    arguments: batch size → the keyword arguments that it needs besides input_ids. session: batch size → what its decode
+    steps run inside of. cached: whether its generation keeps a key-value cache; one that does not computes the whole
+    context at every step. kept: what has to live as long as the subject.
     """
 
     module: nn.Module
     arguments: Callable[[int], Arguments] = no_arguments
+    session: Callable[[int], AbstractContextManager[None]] = no_session
     cached: bool = True
     note: str = ""
+    kept: object = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,11 @@ class Workshop:
     @cached_property
     def gated(self) -> GatedWarmthModel:
         """One gated model for every pattern of gates."""
-        return GatedWarmthModel(replace(self.base, model=self.copy()), dict(zip(TRAITS, self.adapters, strict=True)))
+        return self.new_gated(merge=False)
+
+    def new_gated(self, merge: bool) -> GatedWarmthModel:
+        own = replace(self.base, model=self.copy())
+        return GatedWarmthModel(own, dict(zip(TRAITS, self.adapters, strict=True)), merge=merge)
 
     @property
     def gated_note(self) -> str:
@@ -99,21 +112,38 @@ def plain_base(workshop: Workshop) -> Subject:
 
 
 def gated_mixed(workshop: Workshop) -> Subject:
-    def arguments(batch: int) -> Arguments:
+    def gates(batch: int) -> Tensor:
         warmth = torch.arange(1, batch + 1) / (batch + 1)
-        return {"gates": torch.stack([warmth, 1 - warmth], dim=1)}
+        return torch.stack([warmth, 1 - warmth], dim=1)
 
-    return Subject(workshop.gated, arguments, note=workshop.gated_note)
+    return _gated(workshop, gates)
 
 
 def gated_constant(workshop: Workshop) -> Subject:
-    return Subject(
-        workshop.gated, lambda batch: {"gates": torch.tensor([[0.7, 0.3]]).repeat(batch, 1)}, note=workshop.gated_note
-    )
+    return _gated(workshop, lambda batch: ONE_GATE.repeat(batch, 1))
 
 
 def gated_zero(workshop: Workshop) -> Subject:
-    return Subject(workshop.gated, lambda batch: {"gates": torch.zeros(batch, 2)}, note=workshop.gated_note)
+    return _gated(workshop, lambda batch: torch.zeros(batch, 2))
+
+
+def gated_merged(workshop: Workshop) -> Subject:
+    """One gate, in the state that a stretch has from step MERGE_AFTER on; what merging itself costs is not in it."""
+    model = workshop.new_gated(merge=True)
+    model.merging.after = 1
+    session = model.gates_in_force(ONE_GATE)
+    session.__enter__()
+    return Subject(model.base, note="a stretch once it is merged", kept=session)
+
+
+def _gated(workshop: Workshop, gates: Callable[[int], Tensor]) -> Subject:
+    """As generate runs it: gates are checked once a reply, and the steps are passes of the base."""
+    model = workshop.gated
+
+    def session(batch: int) -> AbstractContextManager[None]:
+        return model.gates_in_force(gates(batch), batch)
+
+    return Subject(model.base, session=session, note=workshop.gated_note)
 
 
 def peft_one(workshop: Workshop) -> Subject:
@@ -154,6 +184,7 @@ SUBJECTS: Mapping[str, Callable[[Workshop], Subject]] = MappingProxyType(
         BASE: plain_base,
         "gated, a gate per row": gated_mixed,
         "gated, one gate": gated_constant,
+        "gated, one gate, merged": gated_merged,
         "gated, all zero": gated_zero,
         "PEFT, one adapter": peft_one,
         "PEFT adapter_names": peft_names,

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from gatedwarmth.data import Message
 
-# Hands a router the base's hidden state after a layer, [n, hidden], at the last token of each conversation's prompt.
-ReadHidden = Callable[[int], Tensor]
+# Hands a router the base's hidden states after some layers (counted from 1), [n, layers, 2, hidden]: at the last token
+# of each conversation's prompt, and their mean over the last user turn.
+ReadHidden = Callable[[Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True)

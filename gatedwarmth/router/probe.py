@@ -1,7 +1,8 @@
-"""A router that reads the base's own hidden state at one layer, at the prompt's last token, and the text beside it.
+"""A router that reads the base's own hidden states: at the prompt's last token and on average over the user's turn.
 
-With scope "response" the prompt runs on the bare base, so the state comes from the prefill that the reply needs
-anyway. Linear probes: Alain and Bengio, arXiv:1610.01644.
+With scope "response" the prompt runs on the bare base, so the states come from the prefill that the reply needs
+anyway. Linear probes: Alain and Bengio, arXiv:1610.01644. Of the packaged turns' errors the mean removes a fifth to a
+third, whatever the layer; a second and a third layer a few more.
 """
 
 from __future__ import annotations
@@ -12,26 +13,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from rich.console import Console
+from rich.progress import track
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gatedwarmth.data import Message
 from gatedwarmth.errors import RouterError
 from gatedwarmth.injection import decoder_layers
-from gatedwarmth.prefill import first_tensor
+from gatedwarmth.prefill import reading
 from gatedwarmth.router.base import ReadHidden
 from gatedwarmth.router.storage import Card, check_array, softmax_to_last, write_router
 from gatedwarmth.router.text import TextWeights
-from gatedwarmth.templates import pad_left, prompt_of
+from gatedwarmth.templates import Prompt, pad_left, prompt_of
+
+console = Console(stderr=True)
 
 
 class ProbeRouter:
-    """From the base's hidden state, and optionally the text, to a probability per trait: one logistic regression.
+    """From the base's hidden states, and optionally the text, to a probability per trait: one logistic regression.
 
     Parameters
     ----------
-    weight: float32 [hidden, traits - 1], relative to the last trait; standardisation and calibration are folded in.
-    bias: float32 [traits - 1]. layer: states after this many layers, from 1. base: the base's name, for the reader.
+    weight: float32 [layers · 2 · hidden, traits - 1], relative to the last trait, in the order of `ReadHidden`;
+        standardisation and calibration are folded in.
+    bias: float32 [traits - 1]. layers: states after this many layers, from 1. base: the base's name, for the reader.
     text: weights of text features, whose logits are added; None for the state alone.
     """
 
@@ -41,12 +47,12 @@ class ProbeRouter:
         self,
         weight: np.ndarray,
         bias: np.ndarray,
-        layer: int,
+        layers: Sequence[int],
         base: str,
         card: Card,
         text: TextWeights | None = None,
     ) -> None:
-        self.layer, self.base, self.card, self.text = layer, base, card, text
+        self.layers, self.base, self.card, self.text = tuple(layers), base, card, text
         others = len(card.traits) - 1
         self.weight = check_array("weight", weight, (weight.shape[0], others))
         self.bias = check_array("bias", bias, (others,))
@@ -57,7 +63,7 @@ class ProbeRouter:
 
     @property
     def hidden_size(self) -> int:
-        return int(self.weight.shape[0])
+        return int(self.weight.shape[0]) // (2 * len(self.layers))
 
     def probabilities(
         self, conversations: Sequence[Sequence[Message]], read_hidden: ReadHidden | None = None
@@ -70,21 +76,23 @@ class ProbeRouter:
         """
         if read_hidden is None:
             raise RouterError("a probe router reads a base's hidden state and cannot decide alone; use a text router")
-        state = read_hidden(self.layer).detach().float().cpu().numpy()
-        if state.shape != (len(conversations), self.hidden_size):
+        states = read_hidden(self.layers).detach().float().cpu().numpy()
+        if states.shape != (len(conversations), len(self.layers), 2, self.hidden_size):
             raise RouterError(
                 f"the probe was trained on {self.base} with hidden size {self.hidden_size}, but this base gave states "
-                f"of shape {list(state.shape)} for {len(conversations)} conversations; train a probe on this base"
+                f"of shape {list(states.shape)} for {len(conversations)} conversations; train a probe on this base"
             )
-        if not np.isfinite(state).all():
+        if not np.isfinite(states).all():
             raise RouterError(
-                f"the base's hidden state at layer {self.layer} holds NaN or infinity; try float32 or bfloat16"
+                f"the base's hidden states at layers {self.layers} hold NaN or infinity; try float32 or bfloat16"
             )
-        logits = state.astype(np.float64) @ self.weight + self.bias
+        logits = states.reshape(len(states), -1).astype(np.float64) @ self.weight + self.bias
         return softmax_to_last(logits + self.text.logits(conversations) if self.text is not None else logits)
 
     def save(self, folder: str | Path) -> None:
-        settings: dict[str, Any] = {"layer": self.layer, "base": self.base, "hidden_size": self.hidden_size}
+        settings: dict[str, Any] = {
+            "layers": list(self.layers), "base": self.base, "hidden_size": self.hidden_size
+        }  # fmt: skip
         tensors = {"weight": self.weight, "bias": self.bias}
         if self.text is not None:
             settings["text"] = self.text.to_json()
@@ -92,15 +100,17 @@ class ProbeRouter:
         write_router(Path(folder), self.kind, self.card, settings, tensors)
 
     def describe(self) -> str:
-        return f"{self.card.line(self.kind)}, layer {self.layer} of {self.base}"
+        return f"{self.card.line(self.kind)}, layers {', '.join(map(str, self.layers))} of {self.base}"
 
     @classmethod
     def from_parts(cls, card: Card, settings: dict[str, Any], tensors: dict[str, np.ndarray]) -> ProbeRouter:
-        weight = check_array("weight", tensors["weight"], (settings["hidden_size"], len(card.traits) - 1))
+        layers = tuple(settings["layers"])
+        inputs = len(layers) * 2 * settings["hidden_size"]
+        weight = check_array("weight", tensors["weight"], (inputs, len(card.traits) - 1))
         text = None
         if "text" in settings:
             text = TextWeights.from_parts(tensors["text_weight"], settings["text"], card.traits)
-        return cls(weight, tensors["bias"], settings["layer"], settings["base"], card, text)
+        return cls(weight, tensors["bias"], layers, settings["base"], card, text)
 
 
 @torch.no_grad()
@@ -110,35 +120,25 @@ def hidden_states(
     conversations: Sequence[Sequence[Message]],
     batch: int = 16,
 ) -> np.ndarray:
-    """float32 [n, layers, hidden]: the bare base's states at the last token before the assistant header.
+    """float32 [n, layers, 2, hidden]: of every layer of the bare base, what `prefill.reading` reads.
 
     Index k of the second axis is the state after k + 1 layers, before any final norm, as `Prefill.hidden` reads it.
     """
     prompts = [prompt_of(tokenizer, messages) for messages in conversations]
-    rows = [prompt.ids[: prompt.response_start] for prompt in prompts]
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    order = sorted(range(len(prompts)), key=lambda index: prompts[index].response_start)
     found: dict[int, np.ndarray] = {}
-    for start in range(0, len(order), batch):
+    for start in track(range(0, len(order), batch), "Reading the base's states", console=console, transient=True):
         chosen = order[start : start + batch]
-        states = _last_states(model, [rows[index] for index in chosen], int(tokenizer.pad_token_id or 0))
+        states = _states(model, [prompts[index] for index in chosen], int(tokenizer.pad_token_id or 0))
         found.update(zip(chosen, states, strict=True))
-    return np.stack([found[index] for index in range(len(rows))])
+    return np.stack([found[index] for index in range(len(prompts))])
 
 
-def _last_states(model: nn.Module, rows: Sequence[Sequence[int]], pad: int) -> np.ndarray:
-    """[batch, layers, hidden] of one batch."""
-    seen: list[Tensor] = []
-    handles = [
-        layer.register_forward_hook(
-            lambda module, given, output: seen.append(first_tensor(output)[:, -1].float().cpu())
-        )
-        for layer in decoder_layers(model)
-    ]
+def _states(model: nn.Module, prompts: Sequence[Prompt], pad: int) -> np.ndarray:
+    """[batch, layers, 2, hidden] of one batch."""
     device = next(model.parameters()).device
-    ids, mask = pad_left(rows, pad)
-    try:
+    ids, mask = pad_left([prompt.ids[: prompt.response_start] for prompt in prompts], pad)
+    starts = [ids.shape[1] - prompt.response_start + prompt.read_start for prompt in prompts]
+    with reading(list(decoder_layers(model)), starts) as seen:
         model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.stack(seen, dim=1).numpy()
+    return torch.stack(seen, dim=1).cpu().numpy()

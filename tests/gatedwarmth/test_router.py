@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from gatedwarmth import bases
+from gatedwarmth import GatedWarmthModel, bases
+from gatedwarmth.conversation import Conversation
 from gatedwarmth.data import Message, load_turns
 from gatedwarmth.errors import DataError, RouterError, TrainingError
 from gatedwarmth.router import Card, ProbeRouter, TextRouter, TextSettings, TextWeights, load_router
@@ -30,6 +31,7 @@ from gatedwarmth.router.calibration import (
 from gatedwarmth.router.probe import hidden_states
 from gatedwarmth.router.storage import softmax_to_last
 from gatedwarmth.router.text import features, word_columns
+from gatedwarmth.templates import prompt_of
 from gatedwarmth.train.router import RouterReport, train_router
 
 TURNS = [
@@ -68,9 +70,9 @@ def asks(text: str) -> list[Message]:
     return [{"role": "user", "content": text}]
 
 
-def random_probe(hidden: int = 48, layer: int = 2) -> ProbeRouter:
+def random_probe(hidden: int = 48, layers: tuple[int, ...] = (1, 3)) -> ProbeRouter:
     rng = np.random.default_rng(0)
-    return ProbeRouter(rng.normal(size=(hidden, 1)), np.zeros(1), layer, "tiny", Card())
+    return ProbeRouter(rng.normal(size=(4 * hidden, 1)), np.zeros(1), layers, "tiny", Card())
 
 
 # --- text
@@ -243,15 +245,16 @@ def test_probe_round_trip_and_its_errors(tmp_path: Path) -> None:
     probe = random_probe()
     probe.save(tmp_path / "p")
     again = load_router(tmp_path / "p")
-    state = torch.randn(3, 48)
+    state = torch.randn(3, 2, 2, 48)
     conversations = [asks("hi")] * 3
     assert np.array_equal(
-        probe.probabilities(conversations, lambda layer: state), again.probabilities(conversations, lambda layer: state)
+        probe.probabilities(conversations, lambda layers: state),
+        again.probabilities(conversations, lambda layers: state),
     )
     with pytest.raises(RouterError, match="hidden size 48"):
-        again.probabilities(conversations, lambda layer: torch.randn(3, 64))
+        again.probabilities(conversations, lambda layers: torch.randn(3, 2, 2, 64))
     with pytest.raises(RouterError, match="NaN"):
-        again.probabilities(conversations, lambda layer: state * float("nan"))
+        again.probabilities(conversations, lambda layers: state * float("nan"))
     with pytest.raises(RouterError, match="text router"):
         again.probabilities(conversations, None)
 
@@ -260,13 +263,11 @@ def test_hidden_states_do_not_depend_on_the_batch(llama: torch.nn.Module, tokeni
     conversations = [asks("short"), asks("a rather longer turn than that"), asks("mid length")]
     together = hidden_states(llama, tokenizer, conversations, batch=3)  # type: ignore[arg-type]
     alone = hidden_states(llama, tokenizer, conversations, batch=1)  # type: ignore[arg-type]
-    assert together.shape == (3, 3, 48)
+    assert together.shape == (3, 3, 2, 48)
     assert np.allclose(together, alone, atol=1e-4)
 
 
 def test_a_trained_probe_reads_what_the_model_hands_it(llama: object, tokenizer: object, tmp_path: Path) -> None:
-    from gatedwarmth import GatedWarmthModel
-
     base = bases.Base(llama, tokenizer, "made here", "tiny")  # type: ignore[arg-type]
     path = turns_file(tmp_path / "t.jsonl", ("social", "reasoning"))
     report = train_router("probe", tmp_path / "p", base=base, turns=path)
@@ -275,11 +276,37 @@ def test_a_trained_probe_reads_what_the_model_hands_it(llama: object, tokenizer:
     conversations = [asks(TURNS[0][1]), asks(TURNS[3][1])]
     states = hidden_states(base.model, base.tokenizer, conversations)
     assert isinstance(probe, ProbeRouter) and probe.text is not None
-    expected = probe.probabilities(conversations, lambda layer: torch.from_numpy(states[:, layer - 1]))
+    expected = probe.probabilities(conversations, lambda layers: torch.from_numpy(states[:, [k - 1 for k in layers]]))
     model = GatedWarmthModel(base, {})
     model.router = probe
     got = [list(decision.probabilities.values()) for decision in model.route_many(conversations)]
     assert np.allclose(got, expected, atol=1e-4)
+
+
+def test_a_probe_reads_the_last_token_and_the_mean_of_the_turn(llama: object, tokenizer: object) -> None:
+    """Against transformers' own hidden states, in the first turn (whose first token is skipped) and in a later one."""
+    base = bases.Base(llama, tokenizer, "made here", "tiny")  # type: ignore[arg-type]
+    later = [*asks("one"), {"role": "assistant", "content": "two"}, *asks("three, four")]
+    for messages in (asks("one"), later):
+        prompt = prompt_of(tokenizer, messages)  # type: ignore[arg-type]
+        ids = torch.tensor([prompt.ids[: prompt.response_start]])
+        states = base.model(input_ids=ids, output_hidden_states=True).hidden_states[2][0].detach()
+        start = 1 if messages is not later else prompt.turn_start
+        found = hidden_states(base.model, base.tokenizer, [messages])[0, 1]
+        assert np.allclose(found[0], states[-1], atol=1e-5)
+        assert np.allclose(found[1], states[start:].mean(0), atol=1e-5)
+
+
+def test_a_conversation_hands_a_probe_what_a_fresh_prompt_would(llama: object, tokenizer: object) -> None:
+    base = bases.Base(llama, tokenizer, "made here", "tiny")  # type: ignore[arg-type]
+    model = GatedWarmthModel(base, {})
+    talk = Conversation(model)
+    talk.say("first turn", {}, max_new_tokens=3, do_sample=False)
+    talk.messages.append({"role": "user", "content": "second turn"})
+    found = talk._hidden(prompt_of(tokenizer, talk.messages), [1, 3])  # type: ignore[arg-type]
+    again = talk._hidden(prompt_of(tokenizer, talk.messages), [1, 3])  # type: ignore[arg-type]
+    expected = hidden_states(base.model, base.tokenizer, [talk.messages])[:, [0, 2]]
+    assert np.allclose(found, expected, atol=1e-4) and np.allclose(again, expected, atol=1e-4)
 
 
 # --- calibration
