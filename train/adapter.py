@@ -315,7 +315,7 @@ def _resume_point(out: Path, identity: dict[str, Any]) -> str | None:
             last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
             log.info("going on from %s", last)
             return str(last)
-    elif folder.exists():
+    elif any(folder.glob("checkpoint-*")):  # the Trainer makes the folder itself
         log.warning("%s belongs to other settings or data; starting anew", folder)
     shutil.rmtree(folder, ignore_errors=True)
     write_json_atomic(stamp, identity)

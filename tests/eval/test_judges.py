@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import doctest
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +136,14 @@ def test_every_packaged_question_can_be_answered_both_ways() -> None:
             )
         assert [reply for reply in right if not judge(q, reply).correct] == [], q.id
         assert [reply for reply in wrong if judge(q, reply).correct] == [], q.id
+
+
+def test_the_scorer_agrees_with_marks_made_by_hand() -> None:
+    """50 replies of SmolLM2-135M-Instruct, marked by a reader who did not see the scorer's verdicts."""
+    questions = {question.id: question for question in load_questions()}
+    marked = [json.loads(line) for line in Path(__file__).with_name("marked.jsonl").read_text("utf-8").splitlines()]
+    differ = [row["id"] for row in marked if judge(questions[row["id"]], row["reply"]).correct != row["right"]]
+    assert len(marked) == 50 and len(differ) <= 2, differ  # 95 %
 
 
 def test_normalise() -> None:
