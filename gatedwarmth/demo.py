@@ -43,8 +43,8 @@ class Plan:
 
     pairs: training pairs at most, the shortest ones; 0 for all. attempts: settings of the warmth adapter, tried in turn
     until the manipulation check passes. neutral: settings of the neutral adapter. check: the check's evaluation, None
-    to take the first attempt as it is. eval: the comparison of arms. router: its kind; for a probe the base first has to
-    read all turns, which takes longer than the quick plan has.
+    to take the first attempt as it is. eval: the comparison of arms. router: its kind; for a probe the base first
+    has to read all turns, which takes longer than the quick plan has.
     """
 
     router: str
