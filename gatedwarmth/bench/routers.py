@@ -72,19 +72,19 @@ def measure_router(
 def _decisions(text: TextRouter, probe: ProbeRouter, texts: list[str]) -> list[Contender]:
     """Both routers' own work; the probe is handed a hidden state."""
     conversations = [[_user(content)] for content in texts]
-    state = torch.randn(1, probe.hidden_size)
+    states = torch.randn(1, len(probe.layers), 2, probe.hidden_size)
 
     def decide(router: Router) -> Callable[[], None]:
         def run() -> None:
             for conversation in conversations:
-                router.probabilities([conversation], lambda layer: state)
+                router.probabilities([conversation], lambda layers: states)
 
         return run
 
     units = len(conversations)
     return [
         Contender("text", decide(text), units=units),
-        Contender("probe", decide(probe), units=units, note="given the hidden state"),
+        Contender("probe", decide(probe), units=units, note="given the hidden states"),
     ]
 
 
@@ -107,18 +107,21 @@ def _chats(
 
 def random_text_router() -> TextRouter:
     """Weights do not change what a decision costs."""
-    settings = TextSettings()
-    weight = np.random.default_rng(0).normal(size=(settings.columns, 1)).astype(np.float32)
-    return TextRouter(TextWeights(weight, settings), np.zeros(1, dtype=np.float32), Card(TRAITS))
+    return TextRouter(_random_weights(TextSettings()), np.zeros(1, dtype=np.float32), Card(TRAITS))
+
+
+def _random_weights(settings: TextSettings) -> TextWeights:
+    return TextWeights(np.random.default_rng(0).normal(size=(settings.columns, 1)).astype(np.float32), settings)
 
 
 def random_probe(base: bases.Base) -> ProbeRouter:
-    """A probe of three layers around two thirds of the base's depth."""
+    """A probe of three layers around two thirds of the base's depth, and the text beside them, as training makes it."""
     hidden = int(base.model.config.get_text_config().hidden_size)
     depth = len(decoder_layers(base.model))
-    layers = sorted({max(1, 2 * depth // 3 + step) for step in (-3, 0, 3)})
+    layers = sorted({min(max(1, 2 * depth // 3 + step), depth) for step in (-3, 0, 3)})
     weight = 0.01 * np.random.default_rng(0).normal(size=(2 * len(layers) * hidden, 1)).astype(np.float32)
-    return ProbeRouter(weight, np.zeros(1, dtype=np.float32), layers, base.name, Card(TRAITS))
+    text = _random_weights(TextSettings(vectors=True))
+    return ProbeRouter(weight, np.zeros(1, dtype=np.float32), layers, base.name, Card(TRAITS), text)
 
 
 def conversation_of(base: bases.Base, texts: list[str], length: int) -> list[Message]:

@@ -420,6 +420,7 @@ def test_lm_evaluation_harness_reads_the_same_from_gate_0_and_the_base(adapters:
     asked = [(f"Question {n}: is it {words[n % 5]}?", f" {words[(n + 1) % 5]}") for n in range(50)]
     requests = [instance("loglikelihood", {}, arguments=pair, idx=n) for n, pair in enumerate(asked)]
     model = GatedWarmthModel.from_pretrained(tiny_llama(), adapters, tokenizer=byte_tokenizer())
-    gated = harness.HFLM(pretrained=model.base, tokenizer=model.tokenizer, device="cpu").loglikelihood(requests)
+    with model.gates_in_force(dict.fromkeys(model.traits, 0.0)):
+        gated = harness.HFLM(pretrained=model.base, tokenizer=model.tokenizer, device="cpu").loglikelihood(requests)
     base = harness.HFLM(pretrained=model.unwrap(), tokenizer=model.tokenizer, device="cpu").loglikelihood(requests)
     assert gated == base
