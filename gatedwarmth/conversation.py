@@ -191,12 +191,12 @@ class Conversation:
         nothing = TurnGates(dict.fromkeys(self.model.traits, 0.0))
         wanted = self.wanted_gates(prompt, nothing)
         end = prompt.response_start
-        self._crop(self._valid(prompt.ids[:end], wanted[:end], prompt.read_start))
+        self._crop(self._valid(prompt.ids[:end], wanted[:end], prompt.text_start))
         first = len(self.ids)
         ids = torch.tensor([prompt.ids[first:end]], device=self.model.device)
         with torch.no_grad():
             output, states = self.model.hidden_after(
-                layers, [prompt.read_start - first], ids, wanted[None, first:end], self.cache
+                layers, [prompt.text_start - first], ids, wanted[None, first:end], self.cache
             )
         self.cache = output.cache
         self.ids, self.gates = prompt.ids[:end], wanted[:end]

@@ -168,8 +168,7 @@ def _train_warmth(base: bases.Base, train: list[Pair], dev: list[Pair], plan: Pl
 def _assemble(base: bases.Base, warmth: Path, neutral: Path, router: Path, out: Path) -> GatedWarmthModel:
     adapters = {"warmth": warmth, "neutral": neutral}
     model = GatedWarmthModel.from_pretrained(_serving(base), adapters, load_router(router), merge=False)
-    if not (out / "gatedwarmth.json").is_file():
-        model.save_pretrained(out)
+    model.save_pretrained(out)
     return model
 
 

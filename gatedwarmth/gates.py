@@ -164,6 +164,14 @@ class GatePlan:
 
         return self._once((*ranks, scalings, like.device, like.dtype), make)
 
+    def flat_columns(self, ranks: Sequence[tuple[int, ...]], scalings: tuple[float, ...], like: Tensor) -> Tensor:
+        """[batch · tokens, R of all]: `columns` of a plan that starts at 0, one row a token."""
+
+        def make() -> Tensor:
+            return self.columns(ranks, scalings, like).expand(-1, self.tokens, -1).flatten(0, 1)
+
+        return self._once(("flat", *ranks, scalings, like.device, like.dtype), make)
+
     def flat(self, scalings: tuple[float, ...], like: Tensor) -> Tensor:
         """[batch · tokens, traits] times scaling, zeros before `start`: what the kernels take."""
 

@@ -38,7 +38,7 @@ class Injection:
     in_force: GatesInForce
 
     def remove(self, base: nn.Module) -> None:
-        """Put every original module back, with weight storage of its own."""
+        """Put every original module back; the adapters keep storage of their own."""
         for path, layer in self.layers.items():
             layer.siblings.split()
             _set_module(base, path, layer.base)

@@ -23,7 +23,7 @@ class GatedLinear(nn.Module):
 
     Parameters
     ----------
-    base: nn.Linear, transformers' Conv1D or a quantised linear; called as it is, never changed.
+    base: nn.Linear, transformers' Conv1D or a quantised linear; never changed, but for stretches on merged weights.
     a: [R, in], b: [out, R]: the traits' lora_A rows and lora_B columns in the model's trait order.
     ranks, scalings: one entry a trait; rank 0 where a trait leaves this layer alone.
     in_force: where the gates of the pass under way are found. sees: which tokens of a pass the layer is handed.
@@ -127,11 +127,11 @@ class Siblings:
         """[R of all, in]: the members' A in one matrix, of which their own become views: no copy is kept."""
         if len(self.members) == 1:
             return self.members[0].a
-        if self._stack is not None:
-            return self._stack
         parts = [m.a for m in self.members]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.cat([*parts])  # a sharded model owns its weights' storage, so nothing may be moved there
+        if self._stack is not None and _is_stack(self._stack, parts):
+            return self._stack
         with torch.inference_mode(False):  # or a later training could not save the weights for its backward pass
             self._stack = torch.cat([a.data for a in parts])
             _point(parts, self._stack.split([a.shape[0] for a in parts]))
@@ -146,6 +146,12 @@ class Siblings:
             self._stack = None
 
 
+def _is_stack(stack: Tensor, parts: Sequence[Tensor]) -> bool:
+    """Whether the parts still are its views: load_state_dict(assign=True) and the like give them other storage."""
+    start = stack.untyped_storage().data_ptr()
+    return all(part.untyped_storage().data_ptr() == start for part in parts)
+
+
 def _point(owners: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
     for owner, tensor in zip(owners, tensors, strict=True):
         owner.data = tensor
@@ -154,14 +160,14 @@ def _point(owners: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> None:
 class Route:
     """The shortest way to a group's outputs under one plan: all that can be looked up has been.
 
-    At one token a row the products of a gated layer take less time than Python takes to find their arguments.
+    At one token a row the products of a gated layer take less time than Python takes to find their arguments. It lives
+    as long as the plan stays in force; weights may be written to meanwhile, but not replaced by others.
     """
 
     def __init__(self, members: list[GatedLinear], a: Tensor, x: Tensor, plan: GatePlan) -> None:
         self.plan, self.shape = plan, x.shape[:2]
         self.a_t = a.T
-        columns = plan.columns([m.ranks for m in members], members[0].scalings, x)
-        self.columns = columns.expand(-1, plan.tokens, -1).flatten(0, 1)
+        self.columns = plan.flat_columns([m.ranks for m in members], members[0].scalings, x)
         self.widths = [m.a.shape[0] for m in members]
         self.parts = [(m.weight, m.bias, m.b.T) for m in members]
 

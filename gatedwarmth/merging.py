@@ -6,8 +6,10 @@ base with other weights gives the gated output, up to rounding, at the cost of t
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 import psutil
 import torch
@@ -16,9 +18,11 @@ from torch import Tensor, nn
 from gatedwarmth.gates import GatePlan
 from gatedwarmth.layers import GatedLinear, is_plain
 
-# A stretch is merged once it has lasted as long as merging takes to pay for itself, so that it never costs more than
-# twice what the better choice would have cost (the ski-rental rule). On SmolLM2-135M in float32 on two AVX2 cores
-# merging rank 16 takes 0.2 to 0.3 s and saves 7 ms a step.
+log = logging.getLogger("gatedwarmth")
+
+# A stretch is merged once it has lasted about as long as merging takes to pay for itself, so that it costs at most
+# about twice what the better choice would have (the ski-rental rule). Measured on SmolLM2-135M in float32 on two AVX2
+# cores, where merging rank 16 takes 0.2 to 0.3 s and saves 7 ms a step; wider layers pay back later.
 MERGE_AFTER = 40
 
 # Merged weights stand beside the base's own; at least this many times their size must be free.
@@ -33,7 +37,7 @@ class Merging:
     Parameters
     ----------
     base, layers: the model and the gated layers in it.
-    wanted: None for the rule (on CPUs, where it was measured), True for any device, False for never.
+    wanted: None for the rule (float32 on CPUs, where it was measured); True for others too; False for never.
     after: steps before a stretch is merged.
     """
 
@@ -53,13 +57,15 @@ class Merging:
 
     def follow(self, plan: GatePlan | None) -> GatePlan | None:
         """What the layers shall work under in the pass about to run; None, as for the bare base, once merged."""
-        if plan is None or plan is not self._plan:
+        if not self.merged and (self.wanted is False or torch.compiler.is_compiling()):
+            return plan  # a count in a compiled pass would make the compiler start over at every step
+        if plan is None or plan is not self._plan or torch.is_grad_enabled():
             self.end()
             self._plan = plan
             return plan
         self._steps += 1
         if self._steps == self.after and self._worthwhile(plan):
-            self._merge(plan.gates[0, 0])
+            self._try_to_merge(plan.gates[0, 0])
         return None if self.merged else plan
 
     def end(self) -> None:
@@ -74,7 +80,7 @@ class Merging:
         if not torch.equal(plan.gates, plan.gates[:1].expand_as(plan.gates)) or not self._possible():
             return False
         device = self.layers[0].weight.device
-        if self.wanted is None and device.type != "cpu":
+        if self.wanted is None and (device.type != "cpu" or self.layers[0].weight.dtype != torch.float32):
             return False
         return free_bytes(device) >= FREE * sum(layer.weight.nbytes for layer in self.layers)
 
@@ -88,6 +94,15 @@ class Merging:
             for layer in self.layers
         )
 
+    def _try_to_merge(self, gates: Tensor) -> None:
+        try:
+            self._merge(gates)
+        except (RuntimeError, MemoryError) as error:  # torch's out-of-memory errors are RuntimeErrors
+            plan = self._plan
+            self.end()
+            self._plan, self._steps = plan, self.after  # not tried again in this stretch
+            log.warning("going on without merged weights: %s", error)
+
     @torch.no_grad()
     def _merge(self, gates: Tensor) -> None:
         with torch.inference_mode(False):
@@ -99,8 +114,21 @@ class Merging:
                 weight.data = torch.addmm(weight.data, layer.b.data * columns, layer.a.data)
 
 
+def _container_free() -> list[int]:
+    """What control groups, version 2 or 1, leave to this process; empty outside of limits."""
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return [int(Path(limit).read_text()) - int(Path(used).read_text())]
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return []
+
+
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; 0 where it cannot be told."""
+    """Memory that is free on a device, within a container's limit; 0 where it cannot be told."""
     if device.type == "cpu":
-        return int(psutil.virtual_memory().available)
+        return min([int(psutil.virtual_memory().available), *_container_free()])
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 0

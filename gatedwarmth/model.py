@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -95,10 +95,10 @@ class GatedWarmthModel(nn.Module):
         router: str | Path | Router | None = None,
         policy: str | Policy | None = None,
         scope: Scope | None = None,
-        merge: bool | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        merge: bool | None = None,
     ) -> GatedWarmthModel:
         """Wrap a base, or load a folder that `save_pretrained` wrote.
 
@@ -221,7 +221,8 @@ class GatedWarmthModel(nn.Module):
     def gates_in_force(self, gates: Gates, batch: int = 1) -> Iterator[None]:
         """For a generation loop of one's own: inside the block every pass of `model.base` runs under these gates.
 
-        gates: dict or [batch, traits]; each row also serves its beams. As in `generate`, a stretch may be merged.
+        gates: dict or [batch, traits]; each row also serves its beams. As in `generate`, a stretch may be merged: the
+        base's parameters are its own again only after the block.
         """
         rows = gates_tensor(self._overridden(gates, batch), self.traits, batch).to(self.device)
         with self._in_force(GateSchedule(rows)):
@@ -268,8 +269,11 @@ class GatedWarmthModel(nn.Module):
             raise RouterError(
                 f"the router reads layer {missing[0]}, but this base has {len(stack)} layers; train it anew"
             )
-        with reading([stack[layer - 1] for layer in layers], starts) as seen:
-            output = self(input_ids=input_ids, gates=gates, cache=cache, use_cache=True, logits_to_keep=1, **kwargs)
+        base: Any = self.base
+        # Not self(...): a person's override is about the reply, and must not move what the router reads.
+        pass_gates = None if gates is None else PassGates(gates.to(self.device))
+        with reading([stack[layer - 1] for layer in layers], starts) as seen, self._in_force(pass_gates):
+            output = base(input_ids=input_ids, cache=cache, use_cache=True, logits_to_keep=1, **kwargs)
         return output, torch.stack(seen, dim=1)
 
     def effective(self, gates: Mapping[str, float]) -> dict[str, float]:
@@ -315,12 +319,20 @@ class GatedWarmthModel(nn.Module):
         """The base exactly as it came. The wrapper is of no use afterwards."""
         with self._lock:
             self._hook.remove()
+            self.merging.end()
             self.injection.remove(self.base)
             self._schedule, self.injection.in_force.plan = None, None
         return self.base
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GatedWarmthModel:
+        self.merging.end()  # what is moved or cast has to be the base's own weights
+        return super()._apply(fn, recurse)
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write adapters, router, policy and scope; the base is named, not copied. Whole or not at all."""
+        """Write adapters, router, policy and scope; the base is named, not copied. Whole or not at all.
+
+        How to run (device, dtype, `merge`) is not saved.
+        """
         folders.write(self, Path(folder))
 
     def push_to_hub(self, repo: str, private: bool = True) -> str:

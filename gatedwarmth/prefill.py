@@ -50,7 +50,7 @@ class Prefill:
             raise RouterError(
                 "the assistant header differs in length between rows; route these conversations one by one"
             )
-        reads = [self.column(row, prompt.read_start) for row, prompt in enumerate(self.prompts)]
+        reads = [self.column(row, prompt.text_start) for row, prompt in enumerate(self.prompts)]
         output, states = self.model.hidden_after(
             layers, reads, self.ids[:, :end], gates=None, cache=None, attention_mask=self.mask[:, :end]
         )
@@ -61,7 +61,7 @@ class Prefill:
 
 @contextmanager
 def reading(layers: Sequence[nn.Module], starts: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Inside the block a pass leaves [batch, 2, hidden] of every layer, float32, in the list.
+    """Inside the block a pass leaves [batch, 2, hidden] of every layer, float32 on the CPU, in the list.
 
     The state at the pass's last token, and the mean of the states from column `starts[row]` to the last.
     """
@@ -70,7 +70,7 @@ def reading(layers: Sequence[nn.Module], starts: Sequence[int]) -> Iterator[list
     def read(module: nn.Module, given: object, output: Any) -> None:
         states = first_tensor(output).float()
         means = torch.stack([row[start:].mean(0) for row, start in zip(states, starts, strict=True)])
-        seen.append(torch.stack([states[:, -1], means], dim=1))
+        seen.append(torch.stack([states[:, -1], means], dim=1).cpu())  # a base may be spread over several devices
 
     handles = [layer.register_forward_hook(read) for layer in layers]
     try:

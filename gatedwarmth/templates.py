@@ -27,21 +27,17 @@ PLAIN_TEMPLATE = (
 class Prompt:
     """Token ids of a conversation with the assistant header at its end.
 
-    turn_start: index of the first token that belongs to the last user turn (its header included).
+    turn_start: index of the first token that belongs to the last user turn (its header included, and in the first turn
+        a system prompt that the template adds of its own).
+    text_start: index of the first token of the last user turn's own text; never 0, whose state is an attention sink,
+        thousands of times as large as the others' (arXiv:2402.17762).
     response_start: index of the first token of the assistant header; len(ids) where the template has none.
     """
 
     ids: list[int]
     turn_start: int
+    text_start: int
     response_start: int
-
-    @property
-    def read_start(self) -> int:
-        """Where a probe begins to read: with the last user turn, but never at the very first token of all.
-
-        That token's state is an attention sink, thousands of times as large as the others' (arXiv:2402.17762).
-        """
-        return min(max(self.turn_start, 1), self.response_start - 1)
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], header: bool = True) -> list[int]:
@@ -68,7 +64,15 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -
     ids = render(tokenizer, messages)
     response = shared_prefix(ids, render(tokenizer, messages, header=False))
     before = render(tokenizer, messages[:-1], header=False) if len(messages) > 1 else []
-    return Prompt(ids, min(shared_prefix(ids, before), response), response)
+    text = response - _text_length(tokenizer, messages[-1])
+    return Prompt(ids, min(shared_prefix(ids, before), response), min(max(text, 1), response - 1), response)
+
+
+def _text_length(tokenizer: PreTrainedTokenizerBase, message: Message) -> int:
+    """Tokens of a message from its first own one to the end of its turn: where two texts' renderings part."""
+    other = "B" if str(message["content"]).lstrip().startswith("A") else "A"
+    rendered = render(tokenizer, [message], header=False)
+    return len(rendered) - shared_prefix(rendered, render(tokenizer, [{**message, "content": other}], header=False))
 
 
 def check_messages(messages: Sequence[Message]) -> None:

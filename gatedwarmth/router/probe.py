@@ -53,6 +53,8 @@ class ProbeRouter:
         text: TextWeights | None = None,
     ) -> None:
         self.layers, self.base, self.card, self.text = tuple(layers), base, card, text
+        if list(layers) != sorted(set(layers)) or not layers:
+            raise RouterError(f"a probe's layers must ascend, as a pass runs through them; found {list(layers)}")
         others = len(card.traits) - 1
         self.weight = check_array("weight", weight, (weight.shape[0], others))
         self.bias = check_array("bias", bias, (others,))
@@ -138,7 +140,7 @@ def _states(model: nn.Module, prompts: Sequence[Prompt], pad: int) -> np.ndarray
     """[batch, layers, 2, hidden] of one batch."""
     device = next(model.parameters()).device
     ids, mask = pad_left([prompt.ids[: prompt.response_start] for prompt in prompts], pad)
-    starts = [ids.shape[1] - prompt.response_start + prompt.read_start for prompt in prompts]
+    starts = [ids.shape[1] - prompt.response_start + prompt.text_start for prompt in prompts]
     with reading(list(decoder_layers(model)), starts) as seen:
         model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, logits_to_keep=1)
     return torch.stack(seen, dim=1).cpu().numpy()

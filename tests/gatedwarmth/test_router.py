@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from gatedwarmth import GatedWarmthModel, bases
+from gatedwarmth.bench.subjects import acting_adapter
 from gatedwarmth.conversation import Conversation
 from gatedwarmth.data import Message, load_turns
 from gatedwarmth.errors import DataError, RouterError, TrainingError
+from gatedwarmth.prefill import Prefill
 from gatedwarmth.router import Card, ProbeRouter, TextRouter, TextSettings, TextWeights, load_router
 from gatedwarmth.router.calibration import (
     auroc,
@@ -284,14 +286,15 @@ def test_a_trained_probe_reads_what_the_model_hands_it(llama: object, tokenizer:
 
 
 def test_a_probe_reads_the_last_token_and_the_mean_of_the_turn(llama: object, tokenizer: object) -> None:
-    """Against transformers' own hidden states, in the first turn (whose first token is skipped) and in a later one."""
+    """Against transformers' own hidden states: of the turn's own text, in the first turn and in a later one."""
     base = bases.Base(llama, tokenizer, "made here", "tiny")  # type: ignore[arg-type]
     later = [*asks("one"), {"role": "assistant", "content": "two"}, *asks("three, four")]
     for messages in (asks("one"), later):
         prompt = prompt_of(tokenizer, messages)  # type: ignore[arg-type]
         ids = torch.tensor([prompt.ids[: prompt.response_start]])
         states = base.model(input_ids=ids, output_hidden_states=True).hidden_states[2][0].detach()
-        start = 1 if messages is not later else prompt.turn_start
+        text = tokenizer.encode(messages[-1]["content"])  # type: ignore[attr-defined]
+        start = next(k for k in range(len(prompt.ids), 0, -1) if prompt.ids[k : k + len(text)] == text)
         found = hidden_states(base.model, base.tokenizer, [messages])[0, 1]
         assert np.allclose(found[0], states[-1], atol=1e-5)
         assert np.allclose(found[1], states[start:].mean(0), atol=1e-5)
@@ -307,6 +310,16 @@ def test_a_conversation_hands_a_probe_what_a_fresh_prompt_would(llama: object, t
     again = talk._hidden(prompt_of(tokenizer, talk.messages), [1, 3])  # type: ignore[arg-type]
     expected = hidden_states(base.model, base.tokenizer, [talk.messages])[:, [0, 2]]
     assert np.allclose(found, expected, atol=1e-4) and np.allclose(again, expected, atol=1e-4)
+
+
+def test_an_override_does_not_move_what_a_probe_reads(llama: object, tokenizer: object) -> None:
+    base = bases.Base(llama, tokenizer, "made here", "tiny")  # type: ignore[arg-type]
+    model = GatedWarmthModel(base, {"warmth": acting_adapter(llama, 4, seed=1)})  # type: ignore[arg-type]
+    expected = hidden_states(base.model, base.tokenizer, [asks("hello")])[:, [0, 2]]
+    with model.override(warmth=1.0):
+        prefill = Prefill(model, [prompt_of(tokenizer, asks("hello"))])  # type: ignore[arg-type]
+        assert np.allclose(prefill.hidden([1, 3]), expected, atol=1e-4)
+    model.unwrap()
 
 
 # --- calibration
