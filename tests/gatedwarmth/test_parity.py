@@ -181,6 +181,28 @@ def test_adapters_that_change_in_place_are_not_served_stale(model: GatedWarmthMo
     assert apart(before, after) < CLOSE
 
 
+def test_adapters_that_are_replaced_are_not_served_stale(model: GatedWarmthModel, ids: Tensor) -> None:
+    """load_state_dict(assign=True) gives parameters new storage, which layers that share their shrink must notice."""
+    gates = torch.tensor([[0.7, 0.3]] * 3)
+    with torch.no_grad():
+        before = model(input_ids=ids, gates=gates).logits
+        state = {k: v * 1.5 if k.endswith(".a") else v for k, v in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+        after = model(input_ids=ids, gates=gates).logits
+    with_gradients = model(input_ids=ids, gates=gates).logits
+    assert (after - before).abs().max() > 1e-3
+    assert (after - with_gradients).abs().max() < 1e-4
+
+
+def test_moving_a_model_after_its_weights_were_stacked(model: GatedWarmthModel, ids: Tensor) -> None:
+    gates = torch.tensor([[0.7, 0.3]] * 3)
+    with torch.no_grad():
+        before = model(input_ids=ids, gates=gates).logits
+        there = model.double()(input_ids=ids, gates=gates).logits
+        back = model.float()(input_ids=ids, gates=gates).logits
+    assert (there - before).abs().max() < 1e-4 and torch.equal(back, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_follows_float32(adapters: dict[str, Path], ids: Tensor, dtype: torch.dtype) -> None:
     tokenizer = byte_tokenizer()
