@@ -66,6 +66,7 @@ def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch
     ------
     BaseModelError: no such folder, or neither cache nor network has the model; the message says what to do.
     """
+    _check_device(device)
     folder, source = locate(str(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -77,6 +78,14 @@ def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch
     model = model.to(device) if device is not None else model  # type: ignore[arg-type]
     log.info("base %s: %s", name, source)
     return Base(model.eval(), tokenizer, source, str(name))
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise BaseModelError(f"device {str(device)!r} cannot be used here: {reason}; use cpu, or another one") from None
 
 
 def locate(name: str) -> tuple[str, str]:

@@ -68,7 +68,10 @@ class Chat:
         if not line.startswith("/"):
             self._answer(lambda settings: self.conversation.say(line, **settings))
             return
-        command, *arguments = shlex.split(line)
+        try:
+            command, *arguments = shlex.split(line)
+        except ValueError as error:
+            raise GateError(f"{line!r} is no command: {error}; /help lists them") from None
         commands: dict[str, Callable[..., None]] = {
             "/gate": self._gate,
             "/undo": self._undo,

@@ -36,16 +36,29 @@ def demo(
 
 @app.command()
 def route(
-    model: Annotated[Path, typer.Argument(help="A model folder, or a folder of a text router.")],
+    model: Annotated[
+        Path,
+        typer.Argument(help="A model folder, or a folder of a text router. A probe needs its base, which is loaded."),
+    ],
     text: Annotated[str, typer.Argument(help="The user's turn.")],
 ) -> None:
     """Show what the router makes of one turn."""
-    from gatedwarmth import folders
+    from gatedwarmth import GatedWarmthModel, folders
+    from gatedwarmth.data import Message
+    from gatedwarmth.hardware import faster_dtype
     from gatedwarmth.model import decide
+    from gatedwarmth.router import TextRouter, load_router
+    from gatedwarmth.templates import check_messages
 
-    folder = model / "router" if folders.is_model_folder(model) else model
-    policy = folders.read(model).policy if folders.is_model_folder(model) else "soft"
-    decision = decide(folder, [{"role": "user", "content": text}], policy)
+    messages: list[Message] = [{"role": "user", "content": text}]
+    check_messages(messages)
+    saved = folders.read(model) if folders.is_model_folder(model) else None
+    if saved is not None and saved.router and not isinstance(load_router(saved.router), TextRouter):
+        decision = GatedWarmthModel.from_pretrained(model, dtype=faster_dtype()).route(messages)  # reads the base
+    else:
+        decision = decide(
+            saved.router if saved and saved.router else model, messages, saved.policy if saved else "soft"
+        )
     Console().print(decision.why, highlight=False)
     for trait, gate in decision.gates.items():
         Console().print(f"{trait:>12} {gate:.3f}", highlight=False)

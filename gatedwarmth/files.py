@@ -70,15 +70,19 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     path = Path(path)
     if not path.is_file():
         raise DataError(path, 0, "no such file; give the path of a JSON-lines file")
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, _parse(path, number, line)
 
 
-def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf-8").rstrip("\r\n"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            path, number, f"not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
         raise DataError(path, number, f"not JSON ({error.msg} at column {error.colno}); mend or delete it") from None
     if not isinstance(value, dict):

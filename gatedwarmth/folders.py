@@ -44,8 +44,14 @@ def read(folder: Path) -> SavedModel:
     path = folder.expanduser() / FILE
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except OSError:
+        raise ModelFolderError(
+            f"{folder} is no model folder (no {FILE}); give one that `save_pretrained` or `gatedwarmth demo` wrote"
+        ) from None
+    except ValueError as error:  # JSON or UTF-8
         raise ModelFolderError(f"{path} is not JSON: {error}; save the model again") from None
+    if not isinstance(value, dict):
+        raise ModelFolderError(f"{path} holds a {type(value).__name__}, not an object; save the model again")
     schema = value.get("schema")
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
