@@ -84,10 +84,11 @@ def chat(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
 ) -> None:
     """Talk to a model and see its gate; /gate overrules the router."""
-    from gatedwarmth import GatedWarmthModel
+    from gatedwarmth import GatedWarmthModel, folders
     from gatedwarmth.chat import Chat
     from gatedwarmth.hardware import faster_dtype
 
+    folders.read(folder)  # says what is missing before a base is loaded
     model = GatedWarmthModel.from_pretrained(folder, dtype=faster_dtype(device or "cpu"), device=device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     Chat(model, {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty, **sampling}).run()
