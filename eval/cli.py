@@ -22,6 +22,7 @@ from gatedwarmth.eval.runner import identify
 from gatedwarmth.eval.settings import EvalSettings
 from gatedwarmth.eval.tasks import TASKS
 from gatedwarmth.files import write_text_atomic
+from gatedwarmth.hardware import faster_dtype
 
 app = typer.Typer(no_args_is_help=True, help="Compare arms on tasks, in contexts, with intervals.")
 
@@ -36,18 +37,20 @@ class Precision(str, Enum):
 def run(
     model: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
     out: Annotated[Path, typer.Option(help="Folder for samples and report; an interrupted run there goes on.")],
-    arms: Annotated[str, typer.Option(help="Names with commas between, or 'all'.")] = "all",
+    arms: Annotated[str, typer.Option(help="Names with commas between, or 'all'; `eval ls` lists them.")] = "all",
     tasks: Annotated[str, typer.Option(help="Names with commas between, or 'all'.")] = "all",
     contexts: Annotated[str, typer.Option(help="Names with commas between, or 'all'.")] = "all",
     beliefs: Annotated[str, typer.Option(help="Names with commas between, or 'all'.")] = "all",
     limit: Annotated[int | None, typer.Option(min=1, help="Questions, and social turns, at most.")] = None,
+    limit_turns: Annotated[int | None, typer.Option(min=1, help="Social turns at most, if not as questions.")] = None,
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
     batch_size: Annotated[int, typer.Option(min=1, help="Cases a batch.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of a reply, in tokens.")] = 48,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy. 0.8: as in arXiv:2507.21919.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(min=1.0, help="1: none; small models loop without.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling and of the bootstrap.")] = 0,
     dtype: Annotated[
-        Precision | None, typer.Option(help="Of the weights; the checkpoint's own when not given.")
+        Precision | None, typer.Option(help="Of the weights; what this machine is faster in when not given.")
     ] = None,
     scorer: Annotated[str, typer.Option(help="'base', or a causal LM that scores warmth.")] = "base",
 ) -> None:
@@ -59,17 +62,20 @@ def run(
         beliefs=_names(beliefs, BELIEFS),
         split=split,
         limit=limit,
+        limit_turns=limit_turns,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         scorer=scorer,
     )
     if not model.is_dir():
         raise EvaluationError(f"{model} is no folder; give one that `save_pretrained` or `gatedwarmth demo` wrote")
     # All arms through the same arithmetic: merged weights round otherwise.
-    loaded = GatedWarmthModel.from_pretrained(model, dtype=getattr(torch, dtype.value) if dtype else None, merge=False)
-    identity = {**identify(model), "dtype": dtype.value if dtype else "of the checkpoint"}
+    chosen = getattr(torch, dtype.value) if dtype else faster_dtype()
+    loaded = GatedWarmthModel.from_pretrained(model, dtype=chosen, merge=False)
+    identity = {**identify(model), "dtype": str(chosen).removeprefix("torch.")}
     print_table(evaluate(loaded, out, settings, identity))
     Console().print(f"report: {out / 'report.html'}", highlight=False)
 
