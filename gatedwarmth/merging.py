@@ -22,7 +22,7 @@ log = logging.getLogger("gatedwarmth")
 
 # A stretch is merged once it has lasted about as long as merging takes to pay for itself, so that it costs at most
 # about twice what the better choice would have (the ski-rental rule). Measured on SmolLM2-135M in float32 on two AVX2
-# cores beside another job: merging rank 16 took 2.7 to 3.8 s and saves about 7 ms a step, so ordinary replies end first.
+# cores beside another job: merging rank 16 took 2.7 to 3.8 s and saves about 7 ms a step, so most replies end first.
 MERGE_AFTER = 400
 
 # Merged weights stand beside the base's own; at least this many times their size must be free.
