@@ -218,14 +218,15 @@ class GatedWarmthModel(nn.Module):
             self._overrides.reset(token)
 
     @contextmanager
-    def gates_in_force(self, gates: Gates, batch: int = 1) -> Iterator[None]:
+    def gates_in_force(self, gates: Gates, batch: int = 1, start: int = 0) -> Iterator[None]:
         """For a generation loop of one's own: inside the block every pass of `model.base` runs under these gates.
 
-        gates: dict or [batch, traits]; each row also serves its beams. As in `generate`, a stretch may be merged: the
-        base's parameters are its own again only after the block.
+        gates: dict or [batch, traits]; each row also serves its beams. start: the first column that is gated; those
+        before it, a prompt's, run on the bare base. As in `generate`, a stretch may be merged: the base's parameters
+        are its own again only after the block.
         """
         rows = gates_tensor(self._overridden(gates, batch), self.traits, batch).to(self.device)
-        with self._in_force(GateSchedule(rows)):
+        with self._in_force(GateSchedule(rows, start)):
             yield
 
     @torch.no_grad()

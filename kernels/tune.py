@@ -26,9 +26,12 @@ RANKS = {"low": (8, 8), "mid": (32, 32), "high": (64, 64)}
 DTYPES = {"half": torch.bfloat16, "float32": torch.float32}
 
 
-def candidates(kernel: str, key: str) -> Iterator[Tile]:
+Table = dict[str, dict[str, Tile]]
+
+
+def candidates(kernel: str, key: str, table: Table) -> Iterator[Tile]:
     """The table's own configuration first, then its neighbours."""
-    now = tiles.load_table()[kernel][key]
+    now = table[kernel][key]
     yield now
     token_edges = (16,) if key.startswith("few") else (16, 32, 64, 128)
     splits = (1, 2, 4, 8, 16, 32) if kernel in ("shrink", "grad_weight") else (1,)
@@ -43,8 +46,11 @@ def candidates(kernel: str, key: str) -> Iterator[Tile]:
             yield tile
 
 
-def timed_call(kernel: str, key: str) -> Callable[[Tile], Any]:
-    """A function that launches a kernel at the representative shape of a class with a given tile."""
+def timed_call(kernel: str, key: str, table: Table, device: str = "cuda") -> Callable[[Tile], Any]:
+    """A function that launches a kernel at the representative shape of a class with a given tile.
+
+    An expand is given as many partial sums as the table's shrink of that class makes, so shrink is tuned first.
+    """
     from gatedwarmth.kernels import triton_ops
 
     tokens_class, width_class, rank_class, dtype_class = key.split("/")
@@ -53,27 +59,28 @@ def timed_call(kernel: str, key: str) -> Callable[[Tile], Any]:
     rank = sum(ranks[0])
 
     def random(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, device="cuda").to(kind)
+        return torch.randn(*shape, device=device).to(kind)
 
     x, a, b, gates = random(tokens, width), random(rank, width), random(width, rank), random(tokens, 2)
-    s, raw = random(tokens, rank), random(tokens, rank, kind=torch.float32)
+    raw, split = random(tokens, rank, kind=torch.float32), table["shrink"][key].split
+    s = random(split, tokens, rank, kind=torch.float32) if split > 1 else random(tokens, rank)
     calls: dict[str, Callable[[Tile], Any]] = {
         "shrink": lambda tile: triton_ops.shrink(x, a, gates, ranks, save=False, skip=True, tile=tile),
-        "expand": lambda tile: triton_ops.expand(s, gates, [b], [x], ranks, 1, tile=tile),
+        "expand": lambda tile: triton_ops.expand(s, gates, [b], [x], ranks, split, dtype, tile=tile),
         "grad_shrunk": lambda tile: triton_ops.grad_shrunk([x], [b], raw, gates, ranks, True, tile=tile),
         "grad_weight": lambda tile: triton_ops.grad_weight(raw, [x], gates, ranks, together=False, tile=tile),
     }
     return calls[kernel]
 
 
-def fastest(kernel: str, key: str) -> tuple[Tile, float]:
+def fastest(kernel: str, key: str, table: Table) -> tuple[Tile, float]:
     """The fastest candidate and its median time, ms; candidates that a card cannot hold are passed over."""
     import triton
     from triton.runtime.errors import OutOfResources
 
-    call = timed_call(kernel, key)
+    call = timed_call(kernel, key, table)
     best: tuple[Tile, float] | None = None
-    for tile in candidates(kernel, key):
+    for tile in candidates(kernel, key, table):
         try:
             time = triton.testing.do_bench(lambda tile=tile: call(tile), return_mode="median")
         except OutOfResources:
@@ -98,7 +105,7 @@ def main() -> None:
     table = {kernel: dict(rows) for kernel, rows in tiles.load_table().items()}
     for kernel, key in tiles.all_keys():
         if kernel in (options.kernel or KERNELS):
-            tile, time = fastest(kernel, key)
+            tile, time = fastest(kernel, key, table)
             table[kernel][key] = replace(tile)
             print(f"{kernel} {key} {tile} {time:.4f} ms", flush=True)
     origin = (

@@ -146,7 +146,7 @@ def prefill_case(ids: Tensor) -> Case:
         arguments = subject.arguments(ids.shape[0])
 
         def run() -> Any:
-            with subject.session(ids.shape[0]):
+            with subject.session(*ids.shape):
                 return subject.module(input_ids=ids, use_cache=subject.cached, logits_to_keep=1, **arguments)
 
         return Contender(name, run, note=subject.note)
@@ -183,7 +183,7 @@ class Decoding:
             self.cache.crop(-grown)
 
     def run(self) -> None:
-        with self.subject.session(self.ids.shape[0]):
+        with self.subject.session(self.ids.shape[0], self.context):
             self._steps()
 
     def _steps(self) -> None:

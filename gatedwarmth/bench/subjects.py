@@ -24,6 +24,7 @@ from gatedwarmth.injection import fresh_adapter
 
 Arguments = dict[str, Any]
 TRAITS = ("warmth", "neutral")
+HEADER = 4  # <|im_start|> assistant and a newline take 3 to 5 tokens
 ONE_GATE = torch.tensor([[0.7, 0.3]])
 
 
@@ -31,7 +32,7 @@ def no_arguments(batch: int) -> Arguments:
     return {}
 
 
-def no_session(batch: int) -> AbstractContextManager[None]:
+def no_session(batch: int, tokens: int) -> AbstractContextManager[None]:
     return nullcontext()
 
 
@@ -39,14 +40,14 @@ def no_session(batch: int) -> AbstractContextManager[None]:
 class Subject:
     """Something that is called like a causal language model.
 
-    arguments: batch size → the keyword arguments that it needs besides input_ids. session: batch size → what its decode
-    steps run inside of. cached: whether its generation keeps a key-value cache; one that does not computes the whole
-    context at every step. kept: what has to live as long as the subject.
+    arguments: batch size → the keyword arguments that it needs besides input_ids. session: batch size, tokens of the
+    prompt → what its passes run inside of. cached: whether its generation keeps a key-value cache; one that does not
+    computes the whole context at every step. kept: what has to live as long as the subject.
     """
 
     module: nn.Module
     arguments: Callable[[int], Arguments] = no_arguments
-    session: Callable[[int], AbstractContextManager[None]] = no_session
+    session: Callable[[int, int], AbstractContextManager[None]] = no_session
     cached: bool = True
     note: str = ""
     kept: object = None
@@ -111,12 +112,19 @@ def plain_base(workshop: Workshop) -> Subject:
     return Subject(workshop.base.model)
 
 
-def gated_mixed(workshop: Workshop) -> Subject:
-    def gates(batch: int) -> Tensor:
-        warmth = torch.arange(1, batch + 1) / (batch + 1)
-        return torch.stack([warmth, 1 - warmth], dim=1)
+def gate_per_row(batch: int) -> Tensor:
+    """[batch, 2]: another soft gate in each row."""
+    warmth = torch.arange(1, batch + 1) / (batch + 1)
+    return torch.stack([warmth, 1 - warmth], dim=1)
 
-    return _gated(workshop, gates)
+
+def gated_mixed(workshop: Workshop) -> Subject:
+    return _gated(workshop, gate_per_row)
+
+
+def gated_replies(workshop: Workshop) -> Subject:
+    """As the scope "response" serves: of a prompt only the assistant header is gated."""
+    return _gated(workshop, gate_per_row, header=HEADER)
 
 
 def gated_constant(workshop: Workshop) -> Subject:
@@ -136,12 +144,16 @@ def gated_merged(workshop: Workshop) -> Subject:
     return Subject(model.base, note="a stretch once it is merged", kept=session)
 
 
-def _gated(workshop: Workshop, gates: Callable[[int], Tensor]) -> Subject:
-    """As generate runs it: gates are checked once a reply, and the steps are passes of the base."""
+def _gated(workshop: Workshop, gates: Callable[[int], Tensor], header: int | None = None) -> Subject:
+    """As generate runs it: gates are checked once a reply, and the steps are passes of the base.
+
+    header: gated tokens at the end of a prompt; None for all of it.
+    """
     model = workshop.gated
 
-    def session(batch: int) -> AbstractContextManager[None]:
-        return model.gates_in_force(gates(batch), batch)
+    def session(batch: int, tokens: int) -> AbstractContextManager[None]:
+        start = 0 if header is None else max(0, tokens - header)
+        return model.gates_in_force(gates(batch), batch, start)
 
     return Subject(model.base, session=session, note=workshop.gated_note)
 
@@ -183,6 +195,7 @@ SUBJECTS: Mapping[str, Callable[[Workshop], Subject]] = MappingProxyType(
     {
         BASE: plain_base,
         "gated, a gate per row": gated_mixed,
+        "gated, prompt on the base": gated_replies,
         "gated, one gate": gated_constant,
         "gated, one gate, merged": gated_merged,
         "gated, all zero": gated_zero,

@@ -412,6 +412,18 @@ def test_a_4_bit_base_of_bitsandbytes(adapters: dict[str, Path], tmp_path: Path)
     assert_gates_act_on(base.eval(), adapters, "cuda")
 
 
+def test_a_loop_of_ones_own_may_leave_the_prompt_on_the_base(model: GatedWarmthModel) -> None:
+    rows = torch.tensor([[0.6, 0.3], [0.2, 0.9], [1.0, 0.0]])
+    with torch.no_grad():
+        with model.gates_in_force(rows, batch=3, start=8):
+            own = model.base(input_ids=IDS, use_cache=False).logits
+        gates = rows[:, None].repeat(1, IDS.shape[1], 1)
+        gates[:, :8] = 0
+        assert torch.equal(own[:, :8], model.base(input_ids=IDS, use_cache=False).logits[:, :8])
+        assert not torch.allclose(own[:, 8], model.base(input_ids=IDS, use_cache=False).logits[:, 8], atol=1e-3)
+        assert torch.allclose(own, model(input_ids=IDS, gates=gates, use_cache=False).logits, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_lm_evaluation_harness_reads_the_same_from_gate_0_and_the_base(adapters: dict[str, Path]) -> None:
     harness = pytest.importorskip("lm_eval.models.huggingface", reason="lm_eval is not installed")

@@ -13,10 +13,12 @@ from dataclasses import replace
 import pytest
 import torch
 from lora_cases import PATTERNS, RANKS, assert_matches_reference, make_inputs, run
+from torch.utils._pytree import tree_leaves
 
 from gatedwarmth.kernels import gated_lora, triton_ops
-from gatedwarmth.kernels.tiles import Tile
+from gatedwarmth.kernels.tiles import KERNELS, Tile, load_table
 from gatedwarmth.kernels.triton_ops import gated_lora_siblings_triton, stack_rows
+from gatedwarmth.kernels.tune import timed_call
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_triton.py, or set TRITON_INTERPRET=1"
 
@@ -161,3 +163,18 @@ def test_forced_on_cpu_while_interpreting(monkeypatch: pytest.MonkeyPatch) -> No
     y = gated_lora(inputs.x, inputs.a[0], inputs.b[0], inputs.gates, (4, 7), inputs.residuals[0])
     want = gated_lora_siblings_triton(inputs.x, inputs.a, inputs.b, inputs.gates, inputs.ranks, inputs.residuals)
     assert torch.equal(y, want[0])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_the_tuner_times_does_not_depend_on_the_tile(kernel: str) -> None:
+    """Few tokens: there the table's shrink is split, and the expand after it is given the partial sums."""
+    table, key = load_table(), "few/narrow/low/float32"
+    call = timed_call(kernel, key, table, device="cpu")
+    tile = table[kernel][key]
+    own, other = (tree_leaves(call(each)) for each in (tile, replace(tile, width=2 * tile.width)))
+    tensors = [(one, two) for one, two in zip(own, other, strict=True) if isinstance(one, torch.Tensor)]
+    assert tensors
+    for one, two in tensors:
+        if kernel == "shrink":  # partial sums: their sum does not depend on the tile
+            one, two = one.sum(0), two.sum(0)
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
