@@ -20,6 +20,23 @@ app.add_typer(train_app, name="train")
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"gatedwarmth {version('gatedwarmth')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Warmth and neutral LoRAs on one model, and a router that sets their gates."""
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where everything goes; an interrupted run there goes on.")] = Path(

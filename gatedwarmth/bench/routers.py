@@ -115,10 +115,10 @@ def _random_weights(settings: TextSettings) -> TextWeights:
 
 
 def random_probe(base: bases.Base) -> ProbeRouter:
-    """A probe of three layers around two thirds of the base's depth, and the text beside them, as training makes it."""
+    """A probe of four layers around two thirds of the base's depth, and the text beside them, as training makes it."""
     hidden = int(base.model.config.get_text_config().hidden_size)
     depth = len(decoder_layers(base.model))
-    layers = sorted({min(max(1, 2 * depth // 3 + step), depth) for step in (-3, 0, 3)})
+    layers = sorted({min(max(1, 2 * depth // 3 + step), depth) for step in (-3, 0, 3, 6)})
     weight = 0.01 * np.random.default_rng(0).normal(size=(2 * len(layers) * hidden, 1)).astype(np.float32)
     text = _random_weights(TextSettings(vectors=True))
     return ProbeRouter(weight, np.zeros(1, dtype=np.float32), layers, base.name, Card(TRAITS), text)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from gatedwarmth.errors import RouterError
 from gatedwarmth.router.base import Decision, ReadHidden, Router
+from gatedwarmth.router.features import TextSettings
 from gatedwarmth.router.probe import ProbeRouter
 from gatedwarmth.router.storage import AGAIN, Card, read_router
-from gatedwarmth.router.text import TextRouter, TextSettings, TextWeights
+from gatedwarmth.router.text import TextRouter, TextWeights
 
 KINDS: dict[str, Callable[..., Router]] = {
     TextRouter.kind: TextRouter.from_parts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +89,8 @@ def test_broken_files_and_devices_get_errors_of_the_project(tmp_path: Path) -> N
     folder = folder_with(None, tmp_path)
     with pytest.raises(BaseModelError, match="'nowhere' cannot be used"):
         GatedWarmthModel.from_pretrained(folder, device="nowhere")
+
+
+def test_the_version_is_told() -> None:
+    run = CliRunner().invoke(app, ["--version"])
+    assert run.exit_code == 0 and run.output == f"gatedwarmth {version('gatedwarmth')}\n"

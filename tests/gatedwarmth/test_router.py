@@ -30,9 +30,9 @@ from gatedwarmth.router.calibration import (
     metrics,
     threshold_for_leak,
 )
+from gatedwarmth.router.features import Words, features, word_columns
 from gatedwarmth.router.probe import hidden_states
 from gatedwarmth.router.storage import softmax_to_last
-from gatedwarmth.router.text import features, word_columns
 from gatedwarmth.templates import prompt_of
 from gatedwarmth.train.router import RouterReport, train_router
 
@@ -144,7 +144,7 @@ def test_hashes_are_the_ones_that_saved_routers_rely_on() -> None:
     assert (int(columns.sum()), round(float(values @ values), 4)) == HASHED
 
 
-HASHED = (9145, 4.0458)
+HASHED = (11512, 6.5158)
 
 
 def test_features_are_in_range() -> None:
@@ -173,6 +173,27 @@ def test_the_turn_before_counts_and_a_long_turn_is_bounded() -> None:
         features([], chosen)
 
 
+def test_the_sentence_that_asks_is_found() -> None:
+    told = "We buried him on Monday; the whole street came. How many legs has a crab? He never knew, and laughed."
+    assert Words.of(told).asking == (("how", "many", "legs", "has", "a", "crab", "?"), True)
+    assert Words.of('She said "why?" and left. Then rain.').asking[1] is False
+    assert Words.of("Tell me.\nNow.").asking == (("now", "."), False)
+    assert Words.of(" ").asking == ((), False)
+
+
+def test_the_turn_before_is_read_like_a_turn_and_fades_behind_a_long_one() -> None:
+    chosen = TextSettings(bits=16)
+
+    def dense(*texts: str) -> np.ndarray:
+        columns, values = features([{"role": "user", "content": text} for text in texts], chosen)
+        return np.bincount(columns, values, chosen.columns)
+
+    before = "My sister never wrote back"
+    alone, short, long = dense(before), dense(before, "ok"), dense(before, " ".join(["blah zzz"] * 32))
+    assert short @ alone > 1.5  # words, characters and skeleton of the turn before, at full weight
+    assert 0.1 < (long @ alone) / (short @ alone) < 0.5  # 16 words of 64
+
+
 def test_word_vectors_become_one_number_a_word(llama: object, tokenizer: object, tmp_path: Path) -> None:
     base = bases.Base(llama, tokenizer, "made here", "tiny")  # type: ignore[arg-type]
     path = turns_file(tmp_path / "t.jsonl", ("social", "reasoning"))
@@ -180,7 +201,7 @@ def test_word_vectors_become_one_number_a_word(llama: object, tokenizer: object,
     router = load_router(tmp_path / "r")
     assert report.metrics["balanced_accuracy"] == 1.0
     assert isinstance(router, TextRouter) and router.text.settings.vectors
-    column = router.text.settings.first_vector + word_columns(["sister"], router.text.settings.bits)
+    column = router.text.settings.first_vector() + word_columns(["sister"], router.text.settings.bits)
     assert (router.text.weight[column] != 0).all()
     assert not train_router("text", tmp_path / "r", turns=path).skipped  # without a base it is another router
 
