@@ -156,7 +156,7 @@ def train_adapter_command(
 def train_router_command(
     out: Annotated[Path, typer.Option(help="The router's folder.")],
     kind: Annotated[str, typer.Option(help="text (any base, any engine) or probe (the base's hidden state).")] = "text",
-    base: Annotated[str | None, typer.Option(help="For a probe: hub name or folder of the base.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base of a probe, or of a text's word vectors.")] = None,
     turns: Annotated[
         Path | None, typer.Option(help="A turns file or folder; the packaged turns when not given.")
     ] = None,

@@ -23,9 +23,7 @@ from typing import Any
 
 import numpy as np
 from rich.progress import track
-from scipy.linalg import cholesky, solve_triangular
-from scipy.sparse import csr_matrix, issparse
-from sklearn.linear_model import LogisticRegression
+from scipy.sparse import csr_matrix
 
 from gatedwarmth import bases
 from gatedwarmth.data import Message, Turn, data_hash, load_pairs, load_turns
@@ -38,15 +36,14 @@ from gatedwarmth.router.calibration import fit_calibration, metrics, threshold_f
 from gatedwarmth.router.features import GROUPS, WORD, features, word_columns
 from gatedwarmth.router.probe import console, hidden_states
 from gatedwarmth.router.storage import DEFAULT_TRAITS, softmax_to_last
+from gatedwarmth.train.linear import Fit, Labels, fit_beside, fit_logistic, fit_sparse, log_loss, standardised
 
 Named = str | Path | bases.Base | None
 KINDS = ("text", "probe")
 FOLDS = 5
-ALL_C = (0.3, 1.0, 3.0, 10.0)
 LAYER_C = 1.0
 LAYERS_KEPT, LAYERS_APART = 4, 3  # neighbouring layers say nearly the same
-STATE = 5.5  # average length of a row of scaled states; the parts of a text have lengths around 1
-RECIPE = 6  # part of the settings' hash: raise it when the training changes
+RECIPE = 7  # part of the settings' hash: raise it when the training changes
 
 
 @dataclass(frozen=True)
@@ -99,15 +96,6 @@ class LabelledTurns:
         return np.array([zlib.crc32(turn.id.encode()) % FOLDS for turn in self.turns])
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A linear model before calibration: a weight [inputs, traits - 1] per block of inputs, bias [traits - 1]."""
-
-    weights: list[np.ndarray]
-    bias: np.ndarray
-    chosen: dict[str, Any]
-
-
 def train_router(
     kind: str = "text",
     out: str | Path = "runs/router",
@@ -123,7 +111,7 @@ def train_router(
     Parameters
     ----------
     kind: "text" or "probe". out: the router's folder. base: name, folder or loaded base. A probe reads its states, the
-        default base's when None. A text router takes word vectors from it, during training alone, or does without.
+        default base's when None. A text router takes word vectors from it, in training alone, or does without.
     turns: a JSON-lines file or folder; the packaged turns when None. traits: classes in the order of the router's
         columns. seed: kept with the router; the fit itself is deterministic.
 
@@ -226,56 +214,39 @@ def held_out_metrics(table: np.ndarray, held: LabelledTurns) -> dict[str, Any]:
 
 
 def _text(data: LabelledTurns, card: Card, base: Named) -> tuple[TextRouter, None]:
-    loaded = _loaded(base) if base else None
-    settings = TextSettings(vectors=loaded is not None)
     train, dev = data.part("train"), data.part("dev")
-    inputs = text_inputs(train, settings, loaded)
-    fit = fit_blocks(inputs.blocks, train, len(card.traits))
-    made = TextWeights(inputs.weight(fit.weights), settings)
-    scale, shift = fit_calibration(made.logits(dev.conversations) + fit.bias, dev.targets)
-    weights = TextWeights((made.weight * scale).astype(np.float32), settings)
-    return TextRouter(weights, (fit.bias * scale + shift).astype(np.float32), _chosen(card, fit)), None
+    labels = Labels(train.targets, train.folds, len(card.traits))
+    text = fit_sparse(text_matrix(train.conversations, TextSettings()), labels)
+    weights, bias, chosen = TextWeights(text.weight, TextSettings()), text.bias, text.chosen
+    if base:
+        weights, bias, chosen = _with_vectors(text, train, labels, _loaded(base))
+    scale, shift = fit_calibration(weights.logits(dev.conversations) + bias, dev.targets)
+    return TextRouter(_scaled(weights, scale), (bias * scale + shift).astype(np.float32), _chosen(card, chosen)), None
 
 
-@dataclass(frozen=True)
-class TextInputs:
-    """What a text router is fitted on.
+def _scaled(weights: TextWeights, scale: np.ndarray | float) -> TextWeights:
+    return TextWeights((weights.weight * scale).astype(np.float32), weights.settings)
 
-    sparse: [n, first_vector] n-grams and shape. means: [n, dimension] mean word vectors, one array for each of GROUPS,
-    none without a base. columns [vocabulary], vectors [vocabulary, dimension]: where the words stand.
+
+def _with_vectors(
+    text: Fit, train: LabelledTurns, labels: Labels, base: bases.Base
+) -> tuple[TextWeights, np.ndarray, dict[str, float]]:
+    """The n-grams and, beside them, the mean word vectors of the content words.
+
+    A linear function of a mean word vector is a number per word, so that no vector has to be kept.
     """
-
-    settings: TextSettings
-    sparse: csr_matrix
-    means: list[np.ndarray]
-    columns: np.ndarray
-    vectors: np.ndarray
-
-    @property
-    def blocks(self) -> list[Any]:
-        return [self.sparse, *self.means]
-
-    def weight(self, weights: Sequence[np.ndarray]) -> np.ndarray:
-        """float32 [columns, traits - 1] of what was fitted on the blocks.
-
-        A linear function of the mean word vector is a number per word, so that no vector has to be kept.
-        """
-        whole = np.zeros((self.settings.columns, weights[0].shape[1]))
-        whole[: self.sparse.shape[1]] = weights[0]
-        for group, weight in enumerate(weights[1:]):
-            np.add.at(whole, self.settings.first_vector(group) + self.columns, self.vectors @ weight)
-        return whole.astype(np.float32)
-
-
-def text_inputs(train: LabelledTurns, settings: TextSettings, base: bases.Base | None) -> TextInputs:
-    x = text_matrix(train.conversations, settings)
-    sparse = x[:, : settings.first_vector()]
-    if base is None:
-        return TextInputs(settings, sparse, [], np.zeros(0, np.int64), np.zeros((0, 0)))
+    settings = TextSettings(vectors=True)
     words, vectors = word_vectors(base, train)
-    columns = word_columns(words, settings.bits)
-    means = [x[:, settings.first_vector(group) + columns] @ vectors for group in range(len(GROUPS))]
-    return TextInputs(settings, sparse, means, columns, vectors)
+    columns = word_columns(words, settings.word_bits)
+    x = text_matrix(train.conversations, settings)
+    groups = range(len(GROUPS))
+    means = np.hstack([x[:, settings.first_word(group) + columns] @ vectors for group in groups])
+    fit = fit_beside(text, means, labels)
+    whole = np.zeros((settings.columns, labels.classes - 1))
+    whole[: settings.first_word()] = text.weight @ fit.of_text
+    for group, weight in zip(groups, np.split(fit.weight, len(GROUPS)), strict=True):
+        np.add.at(whole, settings.first_word(group) + columns, vectors @ weight)
+    return TextWeights(whole, settings), fit.bias, fit.chosen
 
 
 def word_vectors(base: bases.Base, train: LabelledTurns) -> tuple[list[str], np.ndarray]:
@@ -315,35 +286,26 @@ def _probe(data: LabelledTurns, card: Card, base: Named) -> tuple[ProbeRouter, R
 
     loaded = _loaded(base or bases.DEFAULT)
     parts = {split: data.part(split) for split in ("train", "dev", "test")}
+    train, dev = parts["train"], parts["dev"]
     states = {s: hidden_states(loaded.model, loaded.tokenizer, part.conversations) for s, part in parts.items()}
-    settings = TextSettings(vectors=True)
-    text = text_inputs(parts["train"], settings, loaded)
-    layers, fit, weight, bias = fit_probe(states["train"], text.blocks, parts["train"], len(card.traits))
-    made = TextWeights(text.weight(fit.weights[1:]), settings)
-    chosen = _of_layers(states["dev"], layers)
-    logits = chosen @ weight + bias + made.logits(parts["dev"].conversations)
-    scale, shift = fit_calibration(logits, parts["dev"].targets)
-    scaled = TextWeights((made.weight * scale).astype(np.float32), settings)
-    weight, bias = (weight * scale).astype(np.float32), (bias * scale + shift).astype(np.float32)
-    router = ProbeRouter(weight, bias, layers, loaded.name, _chosen(card, fit), scaled)
+    labels = Labels(train.targets, train.folds, len(card.traits))
+    text = fit_sparse(text_matrix(train.conversations, TextSettings()), labels)
+    layers = best_layers(states["train"], labels)
+    fit = fit_beside(text, _of_layers(states["train"], layers), labels)
+    beside = TextWeights(text.weight @ fit.of_text, TextSettings())
+    logits = _of_layers(states["dev"], layers) @ fit.weight + beside.logits(dev.conversations) + fit.bias
+    scale, shift = fit_calibration(logits, dev.targets)
+    weight, bias = (fit.weight * scale).astype(np.float32), (fit.bias * scale + shift).astype(np.float32)
+    card = _chosen(card, {"layers": list(layers), **fit.chosen})
+    router = ProbeRouter(weight, bias, layers, loaded.name, card, _scaled(beside, scale))
     return router, lambda wanted: torch.from_numpy(states["test"][:, [layer - 1 for layer in wanted]])
 
 
-def fit_probe(
-    states: np.ndarray, text: Sequence[Any], train: LabelledTurns, classes: int
-) -> tuple[tuple[int, ...], Fit, np.ndarray, np.ndarray]:
-    """Layers, fit, and the weight and bias on raw states. states: [n, layers, 2, hidden]. Layers count from 1.
-
-    Every layer is tried alone; the best ones that are not neighbours are then fitted together, beside the text.
-    """
+def best_layers(states: np.ndarray, labels: Labels) -> tuple[int, ...]:
+    """Layers, from 1, that do best alone and are not neighbours. states: [n, layers, 2, hidden]."""
     steps = track(range(1, states.shape[1] + 1), "Trying layers", console=console, transient=True)
-    tried = {layer: _alone(states, layer, train) for layer in steps}
-    layers = spread(sorted(tried, key=lambda layer: tried[layer]))
-    scaled, mean, deviation = _standardised(states, layers)
-    fit = fit_blocks([scaled, *text], train, classes)
-    fit = dataclasses.replace(fit, chosen={"layers": list(layers), **fit.chosen})
-    weight = fit.weights[0] / deviation[:, None]
-    return layers, fit, weight, fit.bias - mean @ weight
+    tried = {layer: _alone(states, layer, labels) for layer in steps}
+    return spread(sorted(tried, key=lambda layer: tried[layer]))
 
 
 def spread(ranked: Sequence[int]) -> tuple[int, ...]:
@@ -359,13 +321,12 @@ def spread(ranked: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(kept))
 
 
-def _alone(states: np.ndarray, layer: int, train: LabelledTurns) -> float:
+def _alone(states: np.ndarray, layer: int, labels: Labels) -> float:
     """Log loss of one layer on a fifth of the turns that its fit does not see: enough to rank layers."""
-    inside = train.folds != train.folds.max()
-    x = _standardised(states, (layer,))[0]
-    classes = int(train.targets.max()) + 1
-    weight, bias = fit_logistic(x[inside], train.targets[inside], classes, LAYER_C)
-    return log_loss(softmax_to_last(x[~inside] @ weight + bias), train.targets[~inside])
+    inside = labels.folds != labels.folds.max()
+    x = standardised(_of_layers(states, (layer,)))[0]
+    weight, bias = fit_logistic(x[inside], labels[inside], LAYER_C)
+    return log_loss(softmax_to_last(x[~inside] @ weight + bias), labels.targets[~inside])
 
 
 def _of_layers(states: np.ndarray, layers: Sequence[int]) -> np.ndarray:
@@ -373,63 +334,8 @@ def _of_layers(states: np.ndarray, layers: Sequence[int]) -> np.ndarray:
     return states[:, [layer - 1 for layer in layers]].reshape(len(states), -1).astype(np.float64)
 
 
-def _standardised(states: np.ndarray, layers: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """States of layers scaled so that a row has length STATE on average, their mean, and what they were divided by."""
-    x = _of_layers(states, layers)
-    mean = x.mean(axis=0)
-    deviation = (x.std(axis=0) + 1e-6) * np.sqrt(x.shape[1]) / STATE
-    return (x - mean) / deviation, mean, deviation
-
-
-# --- both
-
-
-def fit_blocks(blocks: Sequence[Any], train: LabelledTurns, classes: int) -> Fit:
-    """Logistic regression on blocks of inputs [n, inputs] side by side, C by cross-validated log loss.
-
-    A regularised linear model is a combination of its training rows (representer theorem), so it is fitted on n
-    coordinates a turn that have the inputs' inner products, not on a hundred thousand columns; the result is the same.
-    """
-    gram = sum(np.asarray((block @ block.T).todense() if issparse(block) else block @ block.T) for block in blocks)
-    whole = cholesky(gram + 1e-8 * np.eye(len(train.turns)), lower=True)
-    short = whole.astype(np.float32)  # halves the time of the fits
-    losses = {c: log_loss(out_of_fold(short, train, c), train.targets) for c in ALL_C}
-    c = min(losses, key=lambda key: losses[key])
-    weight, bias = fit_logistic(short, train.targets, classes, c)
-    dual = solve_triangular(whole, weight.astype(np.float64), lower=True, trans="T")
-    return Fit([block.T @ dual for block in blocks], bias, {"c": c, "cross_validated_log_loss": losses[c]})
-
-
-def fit_logistic(x: Any, targets: np.ndarray, classes: int, c: float) -> tuple[np.ndarray, np.ndarray]:
-    """Multinomial logistic regression, classes weighted alike.
-
-    Returns weight [inputs, classes - 1] and bias [classes - 1], relative to the last class.
-    """
-    model = LogisticRegression(C=c, max_iter=1000, class_weight="balanced", tol=1e-4).fit(x, targets)
-    if len(model.classes_) != classes:
-        raise TrainingError(f"a fold holds {len(model.classes_)} of {classes} traits; more turns of each are needed")
-    if classes == 2:  # one row: the logit of class 1, which is the last
-        return -model.coef_.T, -model.intercept_
-    return (model.coef_[:-1] - model.coef_[-1]).T, model.intercept_[:-1] - model.intercept_[-1]
-
-
-def log_loss(table: np.ndarray, targets: np.ndarray) -> float:
-    return float(-np.log(np.clip(table[np.arange(len(table)), targets], 1e-12, 1.0)).mean())
-
-
-def out_of_fold(x: Any, train: LabelledTurns, c: float) -> np.ndarray:
-    """[n, classes]: each turn's probabilities by a model that did not see its fold."""
-    classes = int(train.targets.max()) + 1
-    table = np.zeros((len(train.targets), classes))
-    for fold in np.unique(train.folds):
-        inside = train.folds != fold
-        weight, bias = fit_logistic(x[inside], train.targets[inside], classes, c)
-        table[~inside] = softmax_to_last(np.asarray(x[~inside] @ weight) + bias)
-    return table
-
-
-def _chosen(card: Card, fit: Fit) -> Card:
-    return dataclasses.replace(card, training={**card.training, **fit.chosen})
+def _chosen(card: Card, chosen: dict[str, Any]) -> Card:
+    return dataclasses.replace(card, training={**card.training, **chosen})
 
 
 def _training(kind: str, base: Named, data: LabelledTurns, seed: int) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def random_probe(base: bases.Base) -> ProbeRouter:
     depth = len(decoder_layers(base.model))
     layers = sorted({min(max(1, 2 * depth // 3 + step), depth) for step in (-3, 0, 3, 6)})
     weight = 0.01 * np.random.default_rng(0).normal(size=(2 * len(layers) * hidden, 1)).astype(np.float32)
-    text = _random_weights(TextSettings(vectors=True))
+    text = _random_weights(TextSettings())
     return ProbeRouter(weight, np.zeros(1, dtype=np.float32), layers, base.name, Card(TRAITS), text)
 
 

@@ -1,4 +1,5 @@
-"""What a router reads of a conversation's text: one sparse vector of hashed n-grams, marks of form and single words.
+"""What a router reads of a conversation's text: one sparse vector of hashed n-grams, marks of form and, on
+request, single words.
 
 Beside the turn as a whole there are families for the sentence that asks, which a long turn around it would drown, and
 for the messages before, which decide what a short turn means.
@@ -19,7 +20,7 @@ from gatedwarmth.router.ngrams import character_symbols, columns_of, ngrams, wei
 
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+|[^\w\s]")
 SENTENCE = re.compile(r"(?<=[.!?…\n;:])\s+|\s+[-–—]+\s+")
-GROUPS = ("turn", "asking", "assistant")
+GROUPS = ("turn", "asking", "assistant", "user")
 
 Family = tuple[np.ndarray, float]
 
@@ -29,39 +30,40 @@ class TextSettings:
     """What is read of a conversation.
 
     bits: 2 ** bits columns, shared by all n-grams. words: longest word n-gram. skeleton: longest n-gram of function
-    words and endings. characters: shortest and longest character n-gram. vectors: whether single words have columns
-    of their own, 2 ** bits more for each of GROUPS, which training fills from a base's word vectors.
+    words and endings. characters: shortest and longest character n-gram.
+    vectors: whether content words have columns of their own, 2 ** word_bits for each of GROUPS, which training fills
+    from a base's word vectors.
     letters, earlier: of a longer turn, or a longer message before it, only the beginning and the end are read.
     reach: a turn of more words than this makes the messages before it count less, in proportion.
     weight_*: length of each part of the feature vector.
     """
 
-    bits: int = 18
+    bits: int = 20
     words: int = 2
     skeleton: int = 4
     characters: tuple[int, int] = (2, 5)
     vectors: bool = False
+    word_bits: int = 18
     letters: int = 4000
     earlier: int = 400
     reach: int = 16
-    weight_words: float = 1.0
-    weight_characters: float = 1.0
+    weight_words: float = 1.3
+    weight_characters: float = 1.5
     weight_openings: float = 0.7
-    weight_skeleton: float = 0.7
-    weight_asking: float = 0.7
+    weight_skeleton: float = 0.9
+    weight_asking: float = 0.5
     weight_user: float = 1.0
     weight_assistant: float = 1.0
     weight_shape: float = 0.5
-    weight_vectors: float = 4.0
 
     @property
     def columns(self) -> int:
         """Length of the feature vector."""
-        return self.first_vector(len(GROUPS) if self.vectors else 0)
+        return self.first_word(len(GROUPS) if self.vectors else 0)
 
-    def first_vector(self, group: int = 0) -> int:
+    def first_word(self, group: int = 0) -> int:
         """The column where the single words of a group begin."""
-        return 2**self.bits + len(SHAPE) + group * 2**self.bits
+        return 2**self.bits + len(SHAPE) + group * 2**self.word_bits
 
 
 @dataclass(frozen=True)
@@ -114,12 +116,8 @@ def features(messages: Sequence[Message], settings: TextSettings) -> tuple[np.nd
     form = settings.weight_shape * shape(text, turn.all, later)
     parts = [weighted(families, settings.bits), (2**settings.bits + np.arange(len(SHAPE)), form)]
     if settings.vectors:
-        parts += [
-            _singles(turn.all, 0, 1.0, settings),
-            _singles(user.all, 0, share, settings),
-            _singles(turn.asking[0], 1, 1.0, settings),
-            _singles(assistant.all, 2, 0.7 * share, settings),
-        ]
+        groups = (turn.all, turn.asking[0], assistant.all, user.all)
+        parts += [_content(words, group, settings) for group, words in enumerate(groups)]
     columns, values = (np.concatenate(part) for part in zip(*parts, strict=True))
     return columns, values.astype(np.float32)
 
@@ -160,10 +158,12 @@ def _assistant(words: Words, settings: TextSettings, weight: float) -> list[Fami
     return [(gram, weight) for gram in grams] if words.sentences else []
 
 
-def _singles(words: Sequence[str], group: int, weight: float, settings: TextSettings) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of the mean word vector."""
-    share = np.full(len(words), weight * settings.weight_vectors / max(1, len(words)))
-    return settings.first_vector(group) + word_columns(words, settings.bits), share
+def _content(words: Sequence[str], group: int, settings: TextSettings) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of the mean over a group's content words; the n-grams know the function words well enough."""
+    found = [word for word in words if word not in FUNCTION_WORDS and word[0].isalpha()]
+    return settings.first_word(group) + word_columns(found, settings.word_bits), np.full(
+        len(found), 1 / max(1, len(found))
+    )
 
 
 def _latest(messages: Sequence[Message], role: str, letters: int) -> Words:
@@ -173,7 +173,7 @@ def _latest(messages: Sequence[Message], role: str, letters: int) -> Words:
 
 
 def word_columns(words: Sequence[str], bits: int) -> np.ndarray:
-    """int64 column of each word, counted from `first_vector`."""
+    """int64 column of each word, counted from `TextSettings.first_word`."""
     return columns_of(word_symbols(words), bits)
 
 
