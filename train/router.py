@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,9 +35,10 @@ from gatedwarmth.router import Card, ProbeRouter, Router, TextRouter, TextSettin
 from gatedwarmth.router.base import ReadHidden
 from gatedwarmth.router.calibration import fit_calibration, metrics, threshold_for_leak
 from gatedwarmth.router.features import GROUPS, WORD, features, word_columns
-from gatedwarmth.router.probe import console, hidden_states
+from gatedwarmth.router.probe import console
 from gatedwarmth.router.storage import DEFAULT_TRAITS, softmax_to_last
 from gatedwarmth.train.linear import Fit, Labels, fit_beside, fit_logistic, fit_sparse, log_loss, standardised
+from gatedwarmth.train.states import kept_states
 
 Named = str | Path | bases.Base | None
 KINDS = ("text", "probe")
@@ -82,8 +84,11 @@ class LabelledTurns:
     turns: tuple[Turn, ...]
     targets: np.ndarray
 
+    def rows(self, split: str) -> list[int]:
+        return [index for index, turn in enumerate(self.turns) if turn.split == split]
+
     def part(self, split: str) -> LabelledTurns:
-        chosen = [index for index, turn in enumerate(self.turns) if turn.split == split]
+        chosen = self.rows(split)
         return LabelledTurns(tuple(self.turns[index] for index in chosen), self.targets[chosen])
 
     @property
@@ -106,7 +111,8 @@ def train_router(
 ) -> RouterReport:
     """Train a router and write its folder, whole or not at all.
 
-    A finished folder of the same data and settings is kept.
+    A finished folder of the same data and settings is kept. The states that a probe reads are kept beside `out` until
+    it is done, so that a killed run goes on from there.
 
     Parameters
     ----------
@@ -128,12 +134,14 @@ def train_router(
     if kept is not None:
         return RouterReport(Path(out), kind, True, kept.metrics, kept.training)
     card = Card(tuple(traits), data_hash(data.turns), {}, training)
-    router, read = (_text if kind == "text" else _probe)(data, card, base)
+    states = states_beside(Path(out))
+    router, read = _text(data, card, base) if kind == "text" else _probe(data, card, base, states)
     held = data.part("test")
     table = router.probabilities(held.conversations, read)
     card = dataclasses.replace(router.card, metrics=held_out_metrics(table, held))
     router.card = card
     router.save(out)
+    shutil.rmtree(states, ignore_errors=True)
     return RouterReport(Path(out), kind, False, card.metrics, card.training)
 
 
@@ -281,13 +289,17 @@ def text_matrix(conversations: Sequence[Sequence[Message]], settings: TextSettin
 # --- probe
 
 
-def _probe(data: LabelledTurns, card: Card, base: Named) -> tuple[ProbeRouter, ReadHidden]:
+def states_beside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.states")
+
+
+def _probe(data: LabelledTurns, card: Card, base: Named, folder: Path) -> tuple[ProbeRouter, ReadHidden]:
     import torch
 
     loaded = _loaded(base or bases.DEFAULT)
-    parts = {split: data.part(split) for split in ("train", "dev", "test")}
-    train, dev = parts["train"], parts["dev"]
-    states = {s: hidden_states(loaded.model, loaded.tokenizer, part.conversations) for s, part in parts.items()}
+    train, dev = data.part("train"), data.part("dev")
+    every = kept_states(loaded, data.conversations, folder)
+    states = {split: every[data.rows(split)] for split in ("train", "dev", "test")}
     labels = Labels(train.targets, train.folds, len(card.traits))
     text = fit_sparse(text_matrix(train.conversations, TextSettings()), labels)
     layers = best_layers(states["train"], labels)

@@ -121,6 +121,7 @@ def hidden_states(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[Message]],
     batch: int = 16,
+    title: str = "Reading the base's states",
 ) -> np.ndarray:
     """float32 [n, layers, 2, hidden]: of every layer of the bare base, what `prefill.reading` reads.
 
@@ -129,7 +130,7 @@ def hidden_states(
     prompts = [prompt_of(tokenizer, messages) for messages in conversations]
     order = sorted(range(len(prompts)), key=lambda index: prompts[index].response_start)
     found: dict[int, np.ndarray] = {}
-    for start in track(range(0, len(order), batch), "Reading the base's states", console=console, transient=True):
+    for start in track(range(0, len(order), batch), title, console=console, transient=True):
         chosen = order[start : start + batch]
         states = _states(model, [prompts[index] for index in chosen], int(tokenizer.pad_token_id or 0))
         found.update(zip(chosen, states, strict=True))

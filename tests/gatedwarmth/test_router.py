@@ -34,6 +34,7 @@ from gatedwarmth.router.features import Words, features, word_columns
 from gatedwarmth.router.probe import hidden_states
 from gatedwarmth.router.storage import softmax_to_last
 from gatedwarmth.templates import prompt_of
+from gatedwarmth.train import states
 from gatedwarmth.train.router import RouterReport, train_router
 
 TURNS = [
@@ -295,6 +296,7 @@ def test_a_trained_probe_reads_what_the_model_hands_it(llama: object, tokenizer:
     path = turns_file(tmp_path / "t.jsonl", ("social", "reasoning"))
     report = train_router("probe", tmp_path / "p", base=base, turns=path)
     assert report.metrics["balanced_accuracy"] > 0.9
+    assert {entry.name for entry in tmp_path.iterdir()} == {"t.jsonl", "p"}
     probe = load_router(tmp_path / "p")
     conversations = [asks(TURNS[0][1]), asks(TURNS[3][1])]
     states = hidden_states(base.model, base.tokenizer, conversations)
@@ -304,6 +306,31 @@ def test_a_trained_probe_reads_what_the_model_hands_it(llama: object, tokenizer:
     model.router = probe
     got = [list(decision.probabilities.values()) for decision in model.route_many(conversations)]
     assert np.allclose(got, expected, atol=1e-4)
+
+
+def test_states_read_before_a_kill_are_not_read_again(
+    llama: object, tokenizer: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = bases.Base(llama, tokenizer, "made here", "tiny")  # type: ignore[arg-type]
+    conversations = [asks(text * times) for times in (3, 1, 2) for _, text in TURNS]
+    expected = hidden_states(base.model, base.tokenizer, conversations)
+    read: list[int] = []
+
+    def killed_after_two(model: object, tokenizer: object, part: list[list[Message]], title: str) -> np.ndarray:
+        read.append(len(part))
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return hidden_states(base.model, base.tokenizer, part)
+
+    monkeypatch.setattr(states, "PART", 5)
+    monkeypatch.setattr(states, "hidden_states", killed_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        states.kept_states(base, conversations, tmp_path)
+    assert np.allclose(states.kept_states(base, conversations, tmp_path), expected, atol=1e-4)
+    assert read == [5, 5, 5, 5, 3]  # the third was lost, the first two were not read again
+    other = bases.Base(base.model, base.tokenizer, "made here", "another")
+    states.kept_states(other, conversations[:5], tmp_path)
+    assert len(read) == 6
 
 
 def test_a_probe_reads_the_last_token_and_the_mean_of_the_turn(llama: object, tokenizer: object) -> None:
