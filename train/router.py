@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,8 @@ from rich.progress import track
 from scipy.sparse import csr_matrix
 
 from gatedwarmth import bases
-from gatedwarmth.data import Message, Turn, data_hash, load_pairs, load_turns
-from gatedwarmth.errors import DataError, RouterError, TrainingError
-from gatedwarmth.files import read_jsonl
+from gatedwarmth.data import Message, data_hash
+from gatedwarmth.errors import RouterError, TrainingError
 from gatedwarmth.hardware import faster_dtype
 from gatedwarmth.router import Card, ProbeRouter, Router, TextRouter, TextSettings, TextWeights, load_router
 from gatedwarmth.router.base import ReadHidden
@@ -39,13 +37,13 @@ from gatedwarmth.router.probe import console
 from gatedwarmth.router.storage import DEFAULT_TRAITS, softmax_to_last
 from gatedwarmth.train.linear import Fit, Labels, fit_beside, fit_logistic, fit_sparse, log_loss, standardised
 from gatedwarmth.train.states import kept_states
+from gatedwarmth.train.turns import CHANGED_SUBJECT, LabelledTurns, check_turns, read_turns
 
 Named = str | Path | bases.Base | None
 KINDS = ("text", "probe")
-FOLDS = 5
 LAYER_C = 1.0
 LAYERS_KEPT, LAYERS_APART = 4, 3  # neighbouring layers say nearly the same
-RECIPE = 7  # part of the settings' hash: raise it when the training changes
+RECIPE = 8  # part of the settings' hash: raise it when the training changes
 
 
 @dataclass(frozen=True)
@@ -72,33 +70,15 @@ class RouterReport:
         )
         if "hard_balanced_accuracy" in m:
             lines.append(f"hard part: balanced accuracy {m['hard_balanced_accuracy']:.3f}, {m['hard_turns']} turns")
+        if "changed_subject" in m:
+            c = m["changed_subject"]
+            lines.append(
+                f"the same turns after another subject: balanced accuracy {c['balanced_accuracy']:.3f}, "
+                f"{c['leak_rate']:.0%} of the reasoning ones leak, {c['turns']} turns"
+            )
         if "leak" in m:
             lines.append(m["leak"]["line"])
         return lines
-
-
-@dataclass(frozen=True)
-class LabelledTurns:
-    """Turns and their classes: targets int64 [n], an index into the traits."""
-
-    turns: tuple[Turn, ...]
-    targets: np.ndarray
-
-    def rows(self, split: str) -> list[int]:
-        return [index for index, turn in enumerate(self.turns) if turn.split == split]
-
-    def part(self, split: str) -> LabelledTurns:
-        chosen = self.rows(split)
-        return LabelledTurns(tuple(self.turns[index] for index in chosen), self.targets[chosen])
-
-    @property
-    def conversations(self) -> list[list[Message]]:
-        return [turn.messages for turn in self.turns]
-
-    @property
-    def folds(self) -> np.ndarray:
-        """A fold per turn from its id alone, so that adding turns moves none."""
-        return np.array([zlib.crc32(turn.id.encode()) % FOLDS for turn in self.turns])
 
 
 def train_router(
@@ -145,70 +125,21 @@ def train_router(
     return RouterReport(Path(out), kind, False, card.metrics, card.training)
 
 
-def read_turns(path: str | Path | None, traits: tuple[str, ...]) -> LabelledTurns:
-    """Turns and their classes. Labels are trait names, or "social" for the first and "reasoning" for the last trait."""
-    turns = [*load_turns(), *pair_turns()] if path is None else _own_turns(Path(path))
-    index = {"social": 0, "reasoning": len(traits) - 1, **{trait: k for k, trait in enumerate(traits)}}
-    for turn in turns:
-        if turn.label not in index:
-            problem = f"turn {turn.id} has label {turn.label!r}; use one of {', '.join(index)}"
-            raise DataError(path or "gatedwarmth.data", 0, problem)
-    return LabelledTurns(tuple(turns), np.array([index[turn.label] for turn in turns], dtype=np.int64))
-
-
-def pair_turns() -> list[Turn]:
-    """The user turns of the packaged training pairs, more to learn from. A mixed pair asks something: reasoning."""
-    return [
-        Turn(
-            id=pair.id,
-            text=pair.messages[-1]["content"],
-            label="social" if pair.kind == "social" else "reasoning",
-            mixed=pair.kind == "mixed",
-            hard=False,
-            pattern="pair",
-            context=pair.messages[:-1],
-        )
-        for pair in load_pairs("train")
-    ]
-
-
-def _own_turns(path: Path) -> list[Turn]:
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    return [_own_turn(file, number, value) for file in files for number, value in read_jsonl(file)]
-
-
-def _own_turn(file: Path, number: int, value: dict[str, Any]) -> Turn:
-    for key in ("id", "text", "label"):
-        if not isinstance(value.get(key), str) or not value[key].strip():
-            raise DataError(file, number, f"{key!r} must be a text that is not empty, found {value.get(key)!r}")
-    if not value["id"][-1].isdigit():
-        raise DataError(file, number, f"id {value['id']!r} must end in a number, from which the split is read")
-    return Turn(
-        value["id"], value["text"], value["label"], bool(value.get("mixed", False)), bool(value.get("hard", False)),
-        str(value.get("pattern", "plain")), list(value.get("context", [])),
-    )  # fmt: skip
-
-
-def check_turns(data: LabelledTurns, traits: Sequence[str]) -> None:
-    """Every trait needs turns in every split, and in two folds of train.
-
-    Raises
-    ------
-    TrainingError: naming the trait and the split.
-    """
-    for split, least in (("train", 10), ("dev", 2), ("test", 2)):
-        part = data.part(split)
-        for k, trait in enumerate(traits):
-            count = int((part.targets == k).sum())
-            if count < least:
-                raise TrainingError(
-                    f"{count} turns of {trait!r} in the split {split}, at least {least} are needed; the split follows "
-                    "from the last digit of an id: 8 and 9 test, 7 dev, the rest train"
-                )
-
-
 def held_out_metrics(table: np.ndarray, held: LabelledTurns) -> dict[str, Any]:
-    """Figures on held-out turns, with the leak bound of the first trait."""
+    """Figures on held-out turns as they were written, with the leak bound of the first trait.
+
+    Beside them, if there are any, `changed_subject`: figures on the same turns behind an exchange about something else.
+    """
+    later = np.array([turn.pattern == CHANGED_SUBJECT for turn in held.turns], dtype=bool)
+    as_written, changed = np.flatnonzero(~later), np.flatnonzero(later)
+    found = _figures(table[as_written], held.at(as_written.tolist()))
+    if len(changed):
+        figures = _figures(table[changed], held.at(changed.tolist()))
+        found["changed_subject"] = {key: figures[key] for key in ("turns", "balanced_accuracy", "leak_rate")}
+    return found
+
+
+def _figures(table: np.ndarray, held: LabelledTurns) -> dict[str, Any]:
     hard, patterns = [turn.hard for turn in held.turns], [turn.pattern for turn in held.turns]
     found = metrics(table, held.targets, hard, patterns)
     social = held.targets != table.shape[1] - 1
