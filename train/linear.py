@@ -71,8 +71,8 @@ class Beside:
 def fit_beside(text: Fit, dense: np.ndarray, labels: Labels) -> Beside:
     """The text's logits as a few more inputs beside dense ones [n, inputs], so that its many columns do not drown them.
 
-    In training they come from models that did not see the turn's fold (stacked generalisation, Wolpert 1992). On 7,000
-    turns this took the cross-validated log loss of a probe from 0.142, for one fit of everything, to 0.131.
+    In training they come from models that did not see the turn's fold (stacked generalisation, Wolpert 1992). In a
+    trial on 7,000 turns it took a probe's cross-validated log loss from 0.142, for one fit of everything, to 0.131.
     """
     scaled, mean, deviation = standardised(dense)
     fit = _cross_validated(fit_logistic, np.hstack([scaled, text.held_out]).astype(np.float32), labels, DENSE_C)
@@ -122,8 +122,8 @@ def column_scale(x: csr_matrix, labels: Labels) -> np.ndarray:
     """float64 [columns], about 1 on average: larger for rare n-grams and for those whose frequency differs by class.
 
     The largest log-count ratio of a class against the rest (Wang and Manning, ACL 2012, P12-2018), interpolated with
-    its mean as they do, times the root of the inverse document frequency. An n-gram of one row has 0. On the packaged
-    training turns it took the cross-validated log loss of a text router from 0.26 to 0.22.
+    its mean as they do, times the root of the inverse document frequency. An n-gram of one row has 0. In a trial on
+    7,000 training turns it took the cross-validated log loss of a text router from 0.26 to 0.22.
     """
     present = (x != 0).astype(np.float64)
     counts = np.stack([np.asarray(present[labels.targets == k].sum(axis=0)).ravel() for k in range(labels.classes)])

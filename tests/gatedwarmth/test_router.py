@@ -36,6 +36,7 @@ from gatedwarmth.router.storage import softmax_to_last
 from gatedwarmth.templates import prompt_of
 from gatedwarmth.train import states
 from gatedwarmth.train.router import RouterReport, train_router
+from gatedwarmth.train.turns import CHANGED_SUBJECT, read_turns
 
 TURNS = [
     ("social", "My sister called and I am so happy that we talk again"),
@@ -260,6 +261,38 @@ def test_training_refuses_what_cannot_work(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"id": "t-001", "text": "hi", "label": "angry"}\n')
     with pytest.raises(DataError, match="'angry'"):
         train_router("text", tmp_path / "r", turns=tmp_path / "bad.jsonl")
+
+
+def test_a_changed_subject_keeps_label_and_split_and_leaves_the_rest_alone(tmp_path: Path) -> None:
+    """Every self-contained test turn is there a second time, and some training turns; turns of three words are not."""
+    exchange = [*asks("Is 7 prime?"), {"role": "assistant", "content": "Yes."}]
+    written = [
+        {"id": f"t-{number:03d}", "label": label, "text": f"{text} {number}", "context": context}
+        for number in range(40)
+        for label, text, context in [
+            ("social", "I miss my old street", []) if number % 3 else ("reasoning", "and 9?", exchange)
+        ]
+    ]
+    written.append({"id": "t-108", "label": "social", "text": "still too short", "context": []})
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in written))
+    data = read_turns(path, ("warmth", "neutral"))
+    again = [turn for turn in data.turns if turn.pattern == CHANGED_SUBJECT]
+    alone = {line["id"] for line in written if line["label"] == "social" and line["id"] != "t-108"}
+    assert {turn.id for turn in again if turn.split == "test"} == {i for i in alone if i[-1] in "89"}
+    train = {turn.id for turn in again if turn.split == "train"}
+    assert train and train < {i for i in alone if i[-1] not in "789"}
+    assert all(turn.label == "social" and turn.context == exchange for turn in again)
+    assert len(data.turns) == len(written) + len(again)
+
+
+def test_a_test_turn_never_stands_behind_a_training_exchange() -> None:
+    data = read_turns(None, ("warmth", "neutral"))
+    told = {
+        split: {json.dumps(turn.context) for turn in data.part(split).turns if turn.pattern == CHANGED_SUBJECT}
+        for split in ("train", "test")
+    }
+    assert len(told["train"]) > 1000 and len(told["test"]) > 100 and not told["train"] & told["test"]
 
 
 # --- probe
