@@ -361,9 +361,12 @@ def test_states_read_before_a_kill_are_not_read_again(
         states.kept_states(base, conversations, tmp_path)
     assert np.allclose(states.kept_states(base, conversations, tmp_path), expected, atol=1e-4)
     assert read == [5, 5, 5, 5, 3]  # the third was lost, the first two were not read again
+    longer = [asks("one more"), *conversations]
+    assert np.allclose(states.kept_states(base, longer, tmp_path)[1:], expected, atol=1e-4)
+    assert read[5:] == [1]
     other = bases.Base(base.model, base.tokenizer, "made here", "another")
     states.kept_states(other, conversations[:5], tmp_path)
-    assert len(read) == 6
+    assert read[6:] == [5]
 
 
 def test_a_probe_reads_the_last_token_and_the_mean_of_the_turn(llama: object, tokenizer: object) -> None:
