@@ -31,19 +31,20 @@ from gatedwarmth.errors import RouterError, TrainingError
 from gatedwarmth.hardware import faster_dtype
 from gatedwarmth.router import Card, ProbeRouter, Router, TextRouter, TextSettings, TextWeights, load_router
 from gatedwarmth.router.base import ReadHidden
-from gatedwarmth.router.calibration import fit_calibration, metrics, threshold_for_leak
+from gatedwarmth.router.calibration import fit_calibration
 from gatedwarmth.router.features import GROUPS, WORD, features, word_columns
 from gatedwarmth.router.probe import console
 from gatedwarmth.router.storage import DEFAULT_TRAITS, softmax_to_last
+from gatedwarmth.train.held_out import HeldOut, read_held_out
 from gatedwarmth.train.linear import Fit, Labels, fit_beside, fit_logistic, fit_sparse, log_loss, standardised
 from gatedwarmth.train.states import kept_states
-from gatedwarmth.train.turns import CHANGED_SUBJECT, LabelledTurns, check_turns, read_turns
+from gatedwarmth.train.turns import LabelledTurns, check_turns, read_turns
 
 Named = str | Path | bases.Base | None
 KINDS = ("text", "probe")
 LAYER_C = 1.0
 LAYERS_KEPT, LAYERS_APART = 4, 3  # neighbouring layers say nearly the same
-RECIPE = 8  # part of the settings' hash: raise it when the training changes
+RECIPE = 9  # part of the settings' hash: raise it when the training changes
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,17 @@ class RouterReport:
         )
         if "hard_balanced_accuracy" in m:
             lines.append(f"hard part: balanced accuracy {m['hard_balanced_accuracy']:.3f}, {m['hard_turns']} turns")
-        if "changed_subject" in m:
-            c = m["changed_subject"]
-            lines.append(
-                f"the same turns after another subject: balanced accuracy {c['balanced_accuracy']:.3f}, "
-                f"{c['leak_rate']:.0%} of the reasoning ones leak, {c['turns']} turns"
-            )
-        if "leak" in m:
-            lines.append(m["leak"]["line"])
-        return lines
+        lines += [_away(name, rates) for name, rates in m["elsewhere"].items()]
+        return [*lines, m["leak"]["line"]]
+
+
+def _away(name: str, rates: dict[str, Any]) -> str:
+    said = []
+    if rates["reasoning"]:
+        said.append(f"{rates['leak_rate']:.0%} of {rates['reasoning']} reasoning turns leak")
+    if rates["social"]:
+        said.append(f"{rates['shut_rate']:.0%} of {rates['social']} social turns find warmth shut")
+    return f"{name}: {', '.join(said)}"
 
 
 def train_router(
@@ -109,44 +112,19 @@ def train_router(
         raise TrainingError(f"unknown router kind {kind!r}; the kinds are {', '.join(KINDS)}")
     data = read_turns(turns, tuple(traits))
     check_turns(data, traits)
-    training = _training(kind, base, data, seed)
+    held = read_held_out(turns, tuple(traits))
+    training = _training(kind, base, data, held, seed)
     kept = _finished(Path(out), training)
     if kept is not None:
         return RouterReport(Path(out), kind, True, kept.metrics, kept.training)
     card = Card(tuple(traits), data_hash(data.turns), {}, training)
     states = states_beside(Path(out))
-    router, read = _text(data, card, base) if kind == "text" else _probe(data, card, base, states)
-    held = data.part("test")
-    table = router.probabilities(held.conversations, read)
-    card = dataclasses.replace(router.card, metrics=held_out_metrics(table, held))
+    router, read = _text(data, card, base) if kind == "text" else _probe(data, held, card, base, states)
+    card = dataclasses.replace(router.card, metrics=held.metrics(router.probabilities(held.conversations, read)))
     router.card = card
     router.save(out)
     shutil.rmtree(states, ignore_errors=True)
     return RouterReport(Path(out), kind, False, card.metrics, card.training)
-
-
-def held_out_metrics(table: np.ndarray, held: LabelledTurns) -> dict[str, Any]:
-    """Figures on held-out turns as they were written, with the leak bound of the first trait.
-
-    Beside them, if there are any, `changed_subject`: figures on the same turns behind an exchange about something else.
-    """
-    later = np.array([turn.pattern == CHANGED_SUBJECT for turn in held.turns], dtype=bool)
-    as_written, changed = np.flatnonzero(~later), np.flatnonzero(later)
-    found = _figures(table[as_written], held.at(as_written.tolist()))
-    if len(changed):
-        figures = _figures(table[changed], held.at(changed.tolist()))
-        found["changed_subject"] = {key: figures[key] for key in ("turns", "balanced_accuracy", "leak_rate")}
-    return found
-
-
-def _figures(table: np.ndarray, held: LabelledTurns) -> dict[str, Any]:
-    hard, patterns = [turn.hard for turn in held.turns], [turn.pattern for turn in held.turns]
-    found = metrics(table, held.targets, hard, patterns)
-    social = held.targets != table.shape[1] - 1
-    bound = threshold_for_leak(1.0 - table[:, -1], social)
-    found["leak_rate"] = float((table[~social, -1] <= 0.5).mean())
-    found["leak"] = {**dataclasses.asdict(bound), "line": bound.line()}
-    return found
 
 
 # --- text
@@ -224,24 +202,25 @@ def states_beside(out: Path) -> Path:
     return out.with_name(f".{out.name}.states")
 
 
-def _probe(data: LabelledTurns, card: Card, base: Named, folder: Path) -> tuple[ProbeRouter, ReadHidden]:
+def _probe(data: LabelledTurns, held: HeldOut, card: Card, base: Named, folder: Path) -> tuple[ProbeRouter, ReadHidden]:
     import torch
 
     loaded = _loaded(base or bases.DEFAULT)
     train, dev = data.part("train"), data.part("dev")
-    every = kept_states(loaded, data.conversations, folder)
-    states = {split: every[data.rows(split)] for split in ("train", "dev", "test")}
+    conversations = [train.conversations, dev.conversations, held.conversations]
+    every = kept_states(loaded, [messages for part in conversations for messages in part], folder)
+    of_train, of_dev, of_held = np.split(every, np.cumsum([len(part) for part in conversations])[:-1])
     labels = Labels(train.targets, train.folds, len(card.traits))
     text = fit_sparse(text_matrix(train.conversations, TextSettings()), labels)
-    layers = best_layers(states["train"], labels)
-    fit = fit_beside(text, _of_layers(states["train"], layers), labels)
+    layers = best_layers(of_train, labels)
+    fit = fit_beside(text, _of_layers(of_train, layers), labels)
     beside = TextWeights(text.weight @ fit.of_text, TextSettings())
-    logits = _of_layers(states["dev"], layers) @ fit.weight + beside.logits(dev.conversations) + fit.bias
+    logits = _of_layers(of_dev, layers) @ fit.weight + beside.logits(dev.conversations) + fit.bias
     scale, shift = fit_calibration(logits, dev.targets)
     weight, bias = (fit.weight * scale).astype(np.float32), (fit.bias * scale + shift).astype(np.float32)
     card = _chosen(card, {"layers": list(layers), **fit.chosen})
     router = ProbeRouter(weight, bias, layers, loaded.name, card, _scaled(beside, scale))
-    return router, lambda wanted: torch.from_numpy(states["test"][:, [layer - 1 for layer in wanted]])
+    return router, lambda wanted: torch.from_numpy(of_held[:, [layer - 1 for layer in wanted]])
 
 
 def best_layers(states: np.ndarray, labels: Labels) -> tuple[int, ...]:
@@ -281,7 +260,7 @@ def _chosen(card: Card, chosen: dict[str, Any]) -> Card:
     return dataclasses.replace(card, training={**card.training, **chosen})
 
 
-def _training(kind: str, base: Named, data: LabelledTurns, seed: int) -> dict[str, Any]:
+def _training(kind: str, base: Named, data: LabelledTurns, held: HeldOut, seed: int) -> dict[str, Any]:
     """What a finished folder must agree with to be kept."""
     name = base.name if isinstance(base, bases.Base) else str(base or (bases.DEFAULT if kind == "probe" else ""))
     settings = dataclasses.asdict(TextSettings())
@@ -292,8 +271,10 @@ def _training(kind: str, base: Named, data: LabelledTurns, seed: int) -> dict[st
         "recipe": RECIPE,
         "settings": settings,
         "targets": data.targets.tolist(),
+        "turns": data_hash(data.turns),
+        "held_out": held.conversations,
     }
-    digest = hashlib.sha256((json.dumps(asked) + data_hash(data.turns)).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     return {
         "settings_hash": digest, "turns": len(data.part("train").turns), "calibrated_on": "dev",
         "evaluated_on": "test", "seed": seed, "base": name,

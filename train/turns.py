@@ -49,15 +49,25 @@ class LabelledTurns:
 
 
 def read_turns(path: str | Path | None, traits: tuple[str, ...]) -> LabelledTurns:
-    """Turns and their classes. Labels are trait names, or "social" for the first and "reasoning" for the last trait.
+    """Turns of all splits and their classes; some training turns are there twice, see `changed_subject`."""
+    turns = written_turns(path) + ([*pair_turns(), *question_turns("train")] if path is None else [])
+    train = [turn for turn in turns if turn.split == "train"]
+    exchanges = contexts_of(train) + (pair_exchanges("train") if path is None else [])
+    return labelled([*turns, *changed_subject(train, exchanges, CHANGED)], traits, path)
 
-    Some training turns are there twice, and all test turns that are self-contained, see `changed_subject`.
+
+def written_turns(path: str | Path | None) -> list[Turn]:
+    """The turns of a JSON-lines file or folder, or the packaged ones when None."""
+    return load_turns() if path is None else _own_turns(Path(path))
+
+
+def labelled(turns: Sequence[Turn], traits: tuple[str, ...], path: str | Path | None = None) -> LabelledTurns:
+    """Turns with their classes. Labels are trait names, or "social" for the first and "reasoning" for the last trait.
+
+    Raises
+    ------
+    DataError: a label that is none of these; `path` says where the turns came from.
     """
-    turns = [*load_turns(), *pair_turns(), *question_turns()] if path is None else _own_turns(Path(path))
-    for split, one_in in (("train", CHANGED), ("test", 1)):
-        part = [turn for turn in turns if turn.split == split]
-        exchanges = contexts_of(part) + (pair_exchanges(split) if path is None else [])
-        turns += changed_subject(part, exchanges, one_in)
     index = {"social": 0, "reasoning": len(traits) - 1, **{trait: k for k, trait in enumerate(traits)}}
     for turn in turns:
         if turn.label not in index:
@@ -66,12 +76,12 @@ def read_turns(path: str | Path | None, traits: tuple[str, ...]) -> LabelledTurn
     return LabelledTurns(tuple(turns), np.array([index[turn.label] for turn in turns], dtype=np.int64))
 
 
-def question_turns() -> list[Turn]:
-    """The packaged training questions: plain and short, as few of the packaged turns are."""
+def question_turns(split: str) -> list[Turn]:
+    """The packaged questions: plain and short, as few of the packaged turns are."""
     return [
         Turn(id=question.id, text=question.question, label="reasoning", mixed=False, hard=False, pattern="question",
              context=[])
-        for question in load_questions("train")
+        for question in load_questions(split)
     ]  # fmt: skip
 
 
