@@ -16,7 +16,7 @@ from gatedwarmth.data.public import PUBLIC_SETS, missing_sets, public_texts, str
 from gatedwarmth.data.replies import frames, ratios, reply_problems
 
 PAIR_COUNTS = {"social": 200, "reasoning": 200, "mixed": 80}
-TURN_COUNT, HARD_COUNT = 13300, 7212
+TURN_COUNT, HARD_COUNT = 14256, 7212
 QUESTION_COUNTS = {
     "general": 120,
     "misconception": 80,
