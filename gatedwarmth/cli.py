@@ -62,8 +62,8 @@ def route(
     """Show what the router makes of one turn."""
     from gatedwarmth import GatedWarmthModel, folders
     from gatedwarmth.data import Message
+    from gatedwarmth.decisions import decide
     from gatedwarmth.hardware import faster_dtype
-    from gatedwarmth.model import decide
     from gatedwarmth.router import TextRouter, load_router
     from gatedwarmth.templates import check_messages
 

@@ -19,10 +19,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gatedwarmth.data import Message
+from gatedwarmth.decisions import decision_of
 from gatedwarmth.errors import ConversationError
 from gatedwarmth.files import write_json_atomic
 from gatedwarmth.gates import GateSchedule
-from gatedwarmth.model import GatedWarmthModel, Reply, decision_of
+from gatedwarmth.model import GatedWarmthModel, Reply
 from gatedwarmth.router.base import Decision
 from gatedwarmth.templates import Prompt, prompt_of, render, shared_prefix
 

@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 from gatedwarmth import bases, folders
 from gatedwarmth.adapters import Adapter, load_adapter
 from gatedwarmth.data import Message
+from gatedwarmth.decisions import decision_of
 from gatedwarmth.errors import GatedWarmthError, GateError, RouterError
 from gatedwarmth.gates import SCOPES, GatePlan, GateSchedule, PassGates, Policy, Scope, gates_tensor, policy_from_name
 from gatedwarmth.handoff import HandoffWatch
@@ -445,30 +446,6 @@ def cached_columns(kwargs: Mapping[str, Any]) -> int:
     cache = kwargs.get("cache")
     cache = cache if cache is not None else kwargs.get("past_key_values")
     return int(cache.get_seq_length()) if cache is not None else 0
-
-
-def decision_of(
-    probabilities: Mapping[str, float], policy: Policy, router: str = "", previous: Mapping[str, float] | None = None
-) -> Decision:
-    """A policy's decision on one turn's probabilities. previous: the turn before's, for hysteresis."""
-    if policy.holds(probabilities, previous) and previous is not None:
-        probabilities = previous
-    gates = policy.gates(probabilities)
-    first = next(iter(probabilities))
-    shown = ", ".join(f"{trait} {p:.2f}" for trait, p in probabilities.items())
-    return Decision(probabilities[first], gates, f"{shown} → {policy.kind}; {router}".rstrip("; "), dict(probabilities))
-
-
-def decide(router: str | Path | Router, messages: Sequence[Message], policy: str | Policy = "soft") -> Decision:
-    """A text router's decision without any base, as a serving engine or a web page needs it.
-
-    Raises
-    ------
-    RouterError: the router reads hidden states, so it needs the model.
-    """
-    made = load_router(router) if isinstance(router, (str, Path)) else router
-    row = made.probabilities([messages], None)[0]
-    return decision_of(dict(zip(made.traits, map(float, row), strict=True)), policy_from_name(policy), made.describe())
 
 
 def checked_router(router: Router | None, traits: Sequence[str]) -> Router | None:
