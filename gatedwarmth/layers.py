@@ -169,27 +169,19 @@ class Route:
         self.a_t = a.T
         self.columns = plan.flat_columns([m.ranks for m in members], members[0].scalings, x)
         self.widths = [m.a.shape[0] for m in members]
-        self.parts = [(m.weight.T, m.bias, m.b.T) for m in members]
+        self.parts = [(m.weight, m.bias, m.b.T) for m in members]
 
     def serves(self, x: Tensor, plan: GatePlan) -> bool:
         """Whether it was made for inputs like x under this plan."""
         return self.plan is plan and x.shape[:2] == self.shape and x.dtype == self.columns.dtype
 
     def outputs(self, x: Tensor) -> list[Tensor]:
-        """The traits first, then the base on top: its product has the time to read what it adds to.
-
-        At 1 to 2,048 tokens on two AVX2 cores this way took 0.96 to 1.09 of a bare product, the other 1.02 to 1.15.
-        """
         flat = x.flatten(0, 1)
         shrunk = torch.mm(flat, self.a_t).mul_(self.columns).split_with_sizes(self.widths, dim=1)
         return [
-            _expanded(s, b_t, bias).addmm_(flat, weight_t).view(*self.shape, -1)
-            for (weight_t, bias, b_t), s in zip(self.parts, shrunk, strict=True)
+            F.linear(flat, weight, bias).addmm_(s, b_t).view(*self.shape, -1)
+            for (weight, bias, b_t), s in zip(self.parts, shrunk, strict=True)
         ]
-
-
-def _expanded(shrunk: Tensor, b_t: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(shrunk, b_t) if bias is None else torch.addmm(bias, shrunk, b_t)
 
 
 def _can_route(members: list[GatedLinear], x: Tensor, plan: GatePlan) -> bool:
