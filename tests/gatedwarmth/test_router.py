@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -141,11 +142,12 @@ def test_decisions_do_not_depend_on_the_process(report: RouterReport) -> None:
 
 def test_hashes_are_the_ones_that_saved_routers_rely_on() -> None:
     """A change here breaks every router on disk: raise the schema with it."""
-    columns, values = features(asks("A cat?"), TextSettings(bits=8))
+    messages: list[Message] = [{"role": "user", "content": "A cat?"}, {"role": "assistant", "content": "Two."}]
+    columns, values = features([*messages, *asks("And a dog, black as coal?")], TextSettings(bits=8, vectors=True))
     assert (int(columns.sum()), round(float(values @ values), 4)) == HASHED
 
 
-HASHED = (11512, 9.6258)
+HASHED = (1883839, 6.2415)
 
 
 def test_features_are_in_range() -> None:
@@ -184,15 +186,19 @@ def test_the_sentence_that_asks_is_found() -> None:
 
 def test_the_turn_before_is_read_like_a_turn_and_fades_behind_a_long_one() -> None:
     chosen = TextSettings(bits=16)
+    size = 2**chosen.bits  # of the n-grams alone
 
-    def dense(*texts: str) -> np.ndarray:
-        columns, values = features([{"role": "user", "content": text} for text in texts], chosen)
-        return np.bincount(columns, values, chosen.columns)
+    def dense(*texts: str, role: Literal["user", "assistant"] = "user") -> np.ndarray:
+        earlier: list[Message] = [{"role": role, "content": text} for text in texts[:-1]]
+        columns, values = features([*earlier, *asks(texts[-1])], chosen)
+        return np.bincount(columns, values, chosen.columns)[:size]
 
-    before = "My sister never wrote back"
-    alone, short, long = dense(before), dense(before, "ok"), dense(before, " ".join(["blah zzz"] * 32))
+    before, later = "My sister never wrote back", " ".join(["blah zzz"] * 5)
+    alone, short, long = dense(before), dense(before, "ok"), dense(before, later)
     assert short @ alone > 1.5  # words, characters and skeleton of the turn before, at full weight
-    assert 0.1 < (long @ alone) / (short @ alone) < 0.5  # 16 words of 64
+    assert 0.2 < (long @ alone) / (short @ alone) < 0.35  # 10 words: (5 / 10) ** 2, and what the two turns share
+    itself, following = dense("ok"), dense(before, "ok", role="assistant")
+    assert 0.5 < (following @ itself) / (itself @ itself) < 0.6  # leaning wholly on what came before, it counts half
 
 
 def test_word_vectors_become_one_number_a_word(llama: object, tokenizer: object, tmp_path: Path) -> None:
