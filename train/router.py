@@ -44,7 +44,7 @@ Named = str | Path | bases.Base | None
 KINDS = ("text", "probe")
 LAYER_C = 1.0
 LAYERS_KEPT, LAYERS_APART = 4, 3  # neighbouring layers say nearly the same
-RECIPE = 10  # part of the settings' hash: raise it when the training changes
+RECIPE = 11  # part of the settings' hash: raise it when the training changes
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def train_router(
     kind: "text" or "probe". out: the router's folder. base: name, folder or loaded base. A probe reads its states, the
         default base's when None. A text router takes word vectors from it, in training alone, or does without.
     turns: a JSON-lines file or folder; the packaged turns when None. traits: classes in the order of the router's
-        columns. seed: kept with the router; the fit itself is deterministic.
+        columns. seed: of a probe's network, and kept with the router; a text router's fit is deterministic.
 
     Raises
     ------
@@ -205,6 +205,8 @@ def states_beside(out: Path) -> Path:
 def _probe(data: LabelledTurns, held: HeldOut, card: Card, base: Named, folder: Path) -> tuple[ProbeRouter, ReadHidden]:
     import torch
 
+    from gatedwarmth.train.network import fit_network
+
     loaded = _loaded(base or bases.DEFAULT)
     train, dev = data.part("train"), data.part("dev")
     conversations = [train.conversations, dev.conversations, held.conversations]
@@ -212,14 +214,14 @@ def _probe(data: LabelledTurns, held: HeldOut, card: Card, base: Named, folder: 
     of_train, of_dev, of_held = np.split(every, np.cumsum([len(part) for part in conversations])[:-1])
     labels = Labels(train.targets, train.folds, len(card.traits))
     text = fit_sparse(text_matrix(train.conversations, TextSettings()), labels)
+    weights = TextWeights(text.weight.astype(np.float32), TextSettings())
     layers = best_layers(of_train, labels)
-    fit = fit_beside(text, _of_layers(of_train, layers), labels)
-    beside = TextWeights(text.weight @ fit.of_text, TextSettings())
-    logits = _of_layers(of_dev, layers) @ fit.weight + beside.logits(dev.conversations) + fit.bias
-    scale, shift = fit_calibration(logits, dev.targets)
-    weight, bias = (fit.weight * scale).astype(np.float32), (fit.bias * scale + shift).astype(np.float32)
-    card = _chosen(card, {"layers": list(layers), **fit.chosen})
-    router = ProbeRouter(weight, bias, layers, loaded.name, card, _scaled(beside, scale))
+    # in training the text's logits come from models that did not see the turn's fold, as in `fit_beside`
+    of_text = text.held_out - text.bias
+    network = fit_network(np.hstack([_of_layers(of_train, layers), of_text]), labels, card.training["seed"])
+    logits = network(np.hstack([_of_layers(of_dev, layers), weights.logits(dev.conversations)]))
+    network = network.calibrated(*fit_calibration(logits, dev.targets))
+    router = ProbeRouter(network, layers, loaded.name, _chosen(card, {"layers": list(layers)}), weights)
     return router, lambda wanted: torch.from_numpy(of_held[:, [layer - 1 for layer in wanted]])
 
 

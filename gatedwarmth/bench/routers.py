@@ -16,7 +16,7 @@ from gatedwarmth.bench.subjects import TRAITS, acting_adapter
 from gatedwarmth.data import Message, load_turns
 from gatedwarmth.injection import decoder_layers
 from gatedwarmth.kernels.bench import Clock, Contender, clock_for, measure
-from gatedwarmth.router import Card, ProbeRouter, Router, TextRouter, TextSettings, TextWeights
+from gatedwarmth.router import Card, Network, ProbeRouter, Router, TextRouter, TextSettings, TextWeights
 from gatedwarmth.templates import render
 
 NAME = "router"
@@ -119,9 +119,15 @@ def random_probe(base: bases.Base) -> ProbeRouter:
     hidden = int(base.model.config.get_text_config().hidden_size)
     depth = len(decoder_layers(base.model))
     layers = sorted({min(max(1, 2 * depth // 3 + step), depth) for step in (-3, 0, 3, 6)})
-    weight = 0.01 * np.random.default_rng(0).normal(size=(2 * len(layers) * hidden, 1)).astype(np.float32)
-    text = _random_weights(TextSettings())
-    return ProbeRouter(weight, np.zeros(1, dtype=np.float32), layers, base.name, Card(TRAITS), text)
+    network = _random_network(2 * len(layers) * hidden + 1)
+    return ProbeRouter(network, layers, base.name, Card(TRAITS), _random_weights(TextSettings()))
+
+
+def _random_network(inputs: int, units: int = 128) -> Network:
+    rng = np.random.default_rng(0)
+    return Network(
+        0.01 * rng.normal(size=(inputs, units)), np.zeros(units), 0.1 * rng.normal(size=(units, 1)), np.zeros(1)
+    )
 
 
 def conversation_of(base: bases.Base, texts: list[str], length: int) -> list[Message]:

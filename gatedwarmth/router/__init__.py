@@ -8,6 +8,7 @@ from pathlib import Path
 from gatedwarmth.errors import RouterError
 from gatedwarmth.router.base import Decision, ReadHidden, Router
 from gatedwarmth.router.features import TextSettings
+from gatedwarmth.router.network import Network
 from gatedwarmth.router.probe import ProbeRouter
 from gatedwarmth.router.storage import AGAIN, Card, read_router
 from gatedwarmth.router.text import TextRouter, TextWeights
@@ -20,6 +21,7 @@ KINDS: dict[str, Callable[..., Router]] = {
 __all__ = [
     "Card",
     "Decision",
+    "Network",
     "ProbeRouter",
     "ReadHidden",
     "Router",

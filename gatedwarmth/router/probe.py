@@ -1,8 +1,8 @@
 """A router that reads the base's own hidden states: at the prompt's last token and on average over the user's turn.
 
 With scope "response" the prompt runs on the bare base, so the states come from the prefill that the reply needs
-anyway. Linear probes: Alain and Bengio, arXiv:1610.01644. The mean of the turn beside the last
-token, and more than one layer, each made fewer errors on the packaged turns.
+anyway. Probes: Alain and Bengio, arXiv:1610.01644, whose are linear. The mean of the turn beside the last token, more
+than one layer, and a hidden layer of the probe's own each made fewer errors on the packaged turns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from gatedwarmth.errors import RouterError
 from gatedwarmth.injection import decoder_layers
 from gatedwarmth.prefill import reading
 from gatedwarmth.router.base import ReadHidden
-from gatedwarmth.router.storage import Card, check_array, softmax_to_last, write_router
+from gatedwarmth.router.network import Network
+from gatedwarmth.router.storage import Card, softmax_to_last, write_router
 from gatedwarmth.router.text import TextWeights
 from gatedwarmth.templates import Prompt, pad_left, prompt_of
 
@@ -31,22 +32,21 @@ console = Console(stderr=True)
 
 
 class ProbeRouter:
-    """From the base's hidden states, and optionally the text, to a probability per trait: one logistic regression.
+    """From the base's hidden states, and optionally the text, to a probability per trait: a small network.
 
     Parameters
     ----------
-    weight: float32 [layers · 2 · hidden, traits - 1], relative to the last trait, in the order of `ReadHidden`;
-        standardisation and calibration are folded in.
-    bias: float32 [traits - 1]. layers: states after this many layers, from 1. base: the base's name, for the reader.
-    text: weights of text features, whose logits are added; None for the state alone.
+    network: from layers · 2 · hidden numbers, in the order of `ReadHidden`, and the text's traits - 1 logits, to
+        traits - 1 logits relative to the last trait; standardisation and calibration are folded in.
+    layers: states after this many layers, from 1. base: the base's name, for the reader.
+    text: weights of text features, whose logits the network takes beside the states; None for the states alone.
     """
 
     kind = "probe"
 
     def __init__(
         self,
-        weight: np.ndarray,
-        bias: np.ndarray,
+        network: Network,
         layers: Sequence[int],
         base: str,
         card: Card,
@@ -55,9 +55,7 @@ class ProbeRouter:
         self.layers, self.base, self.card, self.text = tuple(layers), base, card, text
         if list(layers) != sorted(set(layers)) or not layers:
             raise RouterError(f"a probe's layers must ascend, as a pass runs through them; found {list(layers)}")
-        others = len(card.traits) - 1
-        self.weight = check_array("weight", weight, (weight.shape[0], others))
-        self.bias = check_array("bias", bias, (others,))
+        self.network = Network.of(network.to_tensors(), len(network.in_weight), len(card.traits) - 1)
 
     @property
     def traits(self) -> tuple[str, ...]:
@@ -65,7 +63,8 @@ class ProbeRouter:
 
     @property
     def hidden_size(self) -> int:
-        return int(self.weight.shape[0]) // (2 * len(self.layers))
+        of_text = 0 if self.text is None else len(self.traits) - 1
+        return (len(self.network.in_weight) - of_text) // (2 * len(self.layers))
 
     def probabilities(
         self, conversations: Sequence[Sequence[Message]], read_hidden: ReadHidden | None = None
@@ -88,14 +87,16 @@ class ProbeRouter:
             raise RouterError(
                 f"the base's hidden states at layers {self.layers} hold NaN or infinity; try float32 or bfloat16"
             )
-        logits = states.reshape(len(states), -1).astype(np.float64) @ self.weight + self.bias
-        return softmax_to_last(logits + self.text.logits(conversations) if self.text is not None else logits)
+        inputs = states.reshape(len(states), -1)
+        if self.text is not None:
+            inputs = np.hstack([inputs, self.text.logits(conversations)])
+        return softmax_to_last(self.network(inputs))
 
     def save(self, folder: str | Path) -> None:
         settings: dict[str, Any] = {
             "layers": list(self.layers), "base": self.base, "hidden_size": self.hidden_size
         }  # fmt: skip
-        tensors = {"weight": self.weight, "bias": self.bias}
+        tensors = self.network.to_tensors()
         if self.text is not None:
             settings["text"] = self.text.to_json()
             tensors["text_weight"] = self.text.weight
@@ -106,13 +107,14 @@ class ProbeRouter:
 
     @classmethod
     def from_parts(cls, card: Card, settings: dict[str, Any], tensors: dict[str, np.ndarray]) -> ProbeRouter:
-        layers = tuple(settings["layers"])
-        inputs = len(layers) * 2 * settings["hidden_size"]
-        weight = check_array("weight", tensors["weight"], (inputs, len(card.traits) - 1))
-        text = None
+        text, others = None, len(card.traits) - 1
+        inputs = len(settings["layers"]) * 2 * settings["hidden_size"]
         if "text" in settings:
-            text = TextWeights.from_parts(tensors["text_weight"], settings["text"], card.traits)
-        return cls(weight, tensors["bias"], layers, settings["base"], card, text)
+            text, inputs = (
+                TextWeights.from_parts(tensors["text_weight"], settings["text"], card.traits),
+                inputs + others,
+            )
+        return cls(Network.of(tensors, inputs, others), settings["layers"], settings["base"], card, text)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from gatedwarmth.cli import app
 from gatedwarmth.errors import BaseModelError, ConversationError, DataError, GateError, ModelFolderError
 from gatedwarmth.files import read_jsonl
 from gatedwarmth.folders import read
-from gatedwarmth.router import Card, ProbeRouter, Router, TextRouter, TextSettings, TextWeights
+from gatedwarmth.router import Card, Network, ProbeRouter, Router, TextRouter, TextSettings, TextWeights
 
 
 def text_router() -> TextRouter:
@@ -27,7 +27,8 @@ def text_router() -> TextRouter:
 
 
 def probe_router() -> ProbeRouter:
-    return ProbeRouter(np.full((4 * 48, 1), 0.01), np.zeros(1), (1, 3), "tiny", Card())
+    network = Network(np.full((4 * 48, 2), 0.01), np.zeros(2), np.ones((2, 1)), np.zeros(1))
+    return ProbeRouter(network, (1, 3), "tiny", Card())
 
 
 def folder_with(router: Router | None, tmp_path: Path) -> Path:

@@ -21,7 +21,7 @@ from gatedwarmth.conversation import Conversation
 from gatedwarmth.data import Message, load_turns
 from gatedwarmth.errors import DataError, RouterError, TrainingError
 from gatedwarmth.prefill import Prefill
-from gatedwarmth.router import Card, ProbeRouter, TextRouter, TextSettings, TextWeights, load_router
+from gatedwarmth.router import Card, Network, ProbeRouter, TextRouter, TextSettings, TextWeights, load_router
 from gatedwarmth.router.calibration import (
     auroc,
     balanced_accuracy,
@@ -76,7 +76,8 @@ def asks(text: str) -> list[Message]:
 
 def random_probe(hidden: int = 48, layers: tuple[int, ...] = (1, 3)) -> ProbeRouter:
     rng = np.random.default_rng(0)
-    return ProbeRouter(rng.normal(size=(4 * hidden, 1)), np.zeros(1), layers, "tiny", Card())
+    network = Network(rng.normal(size=(4 * hidden, 6)), rng.normal(size=6), rng.normal(size=(6, 1)), np.zeros(1))
+    return ProbeRouter(network, layers, "tiny", Card())
 
 
 # --- text
