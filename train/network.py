@@ -14,7 +14,7 @@ from gatedwarmth.router.network import Network
 from gatedwarmth.router.probe import console
 from gatedwarmth.train.linear import Labels
 
-NETWORKS, UNITS = 2, 64
+NETWORKS, UNITS = 6, 64
 STEPS, BATCH = 1600, 128  # 12 passes over 17,000 turns
 RATE, DECAY = 1e-3, 1e-2
 DROPPED_INPUTS, DROPPED_UNITS = 0.2, 0.5
@@ -37,7 +37,8 @@ def fit_network(x: np.ndarray, labels: Labels, seed: int = 0) -> Network:
         torch.manual_seed(seed)
         found = _trained(scaled, labels).arrays()
     in_weight = found["in_weight"] / deviation[:, None]
-    return Network(in_weight, found["in_bias"] - mean @ in_weight, found["out_weight"], found["out_bias"])
+    arrays = {**found, "in_weight": in_weight, "in_bias": found["in_bias"] - mean @ in_weight}
+    return Network.of(arrays, x.shape[1], labels.classes - 1)
 
 
 def _trained(x: torch.Tensor, labels: Labels) -> _SideBySide:

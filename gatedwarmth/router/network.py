@@ -26,9 +26,9 @@ class Network:
     out_bias: np.ndarray
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """[n, inputs] → float64 [n, outputs]."""
-        inside = np.maximum(x.astype(np.float64) @ self.in_weight + self.in_bias, 0.0)
-        return np.asarray(inside @ self.out_weight + self.out_bias)
+        """[n, inputs] → float64 [n, outputs]. The inner product in float32: one in float64 would copy its weights."""
+        inside = np.maximum(x.astype(np.float32) @ self.in_weight + self.in_bias, 0.0)
+        return np.asarray(inside @ self.out_weight + self.out_bias, dtype=np.float64)
 
     @classmethod
     def of(cls, tensors: Mapping[str, np.ndarray], inputs: int, outputs: int) -> Network:
