@@ -141,7 +141,7 @@ def _text(data: LabelledTurns, card: Card, base: Named) -> tuple[TextRouter, Non
     return TextRouter(_scaled(weights, scale), (bias * scale + shift).astype(np.float32), _chosen(card, chosen)), None
 
 
-def _scaled(weights: TextWeights, scale: np.ndarray | float) -> TextWeights:
+def _scaled(weights: TextWeights, scale: float) -> TextWeights:
     return TextWeights((weights.weight * scale).astype(np.float32), weights.settings)
 
 
