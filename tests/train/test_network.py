@@ -16,7 +16,7 @@ from gatedwarmth.train.network import fit_network
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "STEPS", 800)
+    monkeypatch.setattr(network, "STEPS", 100)
 
 
 def quarters(classes: int, rows: int = 400) -> tuple[np.ndarray, Labels]:
@@ -33,7 +33,8 @@ def right(found: Network, x: np.ndarray, labels: Labels) -> float:
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_it_learns_what_a_line_cannot_part(classes: int) -> None:
+def test_it_learns_what_a_line_cannot_part(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "STEPS", 800)
     x, labels = quarters(classes)
     found = fit_network(x, labels)
     assert found(x).shape == (400, classes - 1)
