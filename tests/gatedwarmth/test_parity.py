@@ -10,10 +10,18 @@ from peft import PeftModel
 from tiny import byte_tokenizer, peft_adapter, tiny_llama
 from torch import Tensor
 
-from gatedwarmth import GatedWarmthModel
+from gatedwarmth import GatedWarmthModel, layers
 from gatedwarmth.adapters import blend, load_adapter, save_adapter
+from gatedwarmth.bench.model import weight_bytes
 
 CLOSE = 1e-5
+
+
+@pytest.fixture(autouse=True, params=["parts", "joined"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to a group's outputs on a CPU, in float32, where a difference shows."""
+    monkeypatch.setattr(layers, "JOINED", (torch.float32, torch.bfloat16) if request.param == "joined" else ())
+    return str(request.param)
 
 
 @pytest.fixture
@@ -158,6 +166,25 @@ def test_unwrap_gives_the_very_base_back(adapters: dict[str, Path], ids: Tensor)
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
     pointers = [tensor.untyped_storage().data_ptr() for name, tensor in base.named_parameters()]
     assert len(set(pointers)) == len(pointers)
+
+
+def test_joined_weights_are_held_once(model: GatedWarmthModel, ids: Tensor, route: str) -> None:
+    """All that joining adds to memory is the zeros between the blocks of B."""
+    before = weight_bytes(model)
+    with torch.no_grad():
+        model(ids, gates={"warmth": 0.5, "neutral": 0.25})
+    groups = {layer.siblings for layer in model.injection.layers.values()}
+    members = [[(m.out_features, sum(m.ranks)) for m in group.members] for group in groups]
+    zeros = sum(
+        out * rank
+        for group in members
+        for k, (out, _) in enumerate(group)
+        for j, (_, rank) in enumerate(group)
+        if j != k
+    )
+    assert weight_bytes(model) - before == (4 * zeros if route == "joined" else 0)
+    stored = {m.weight.untyped_storage().data_ptr() for group in groups for m in group.members}
+    assert len(stored) == (len(groups) if route == "joined" else len(model.injection.layers))
 
 
 def test_free_form_names_and_three_traits(adapters: dict[str, Path], ids: Tensor, tmp_path: Path) -> None:
