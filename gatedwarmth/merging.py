@@ -22,8 +22,14 @@ log = logging.getLogger("gatedwarmth")
 
 # A stretch is merged once it has lasted about as long as merging takes to pay for itself, so that it costs at most
 # about twice what the better choice would have (the ski-rental rule). Measured on SmolLM2-135M in float32 on two AVX2
-# cores: merging rank 16 takes 0.28 to 0.33 s and saves about 7 ms a step. Beside another job it took 3 s.
+# cores: merging rank 16 takes 0.28 to 0.33 s and saves about 7 ms a step; beside another job it took 3 s. On two cores
+# with bfloat16 instructions: 0.15 to 0.8 s in float32, 0.09 s and about 6 ms a step in bfloat16.
 MERGE_AFTER = 40
+
+# On CPUs, where it was measured. Rounding W + Σ gate·scaling·B·A to bfloat16 costs nothing that can be seen: mean KL to
+# the float32 model's next token, over 100 test turns, 0.0023 merged and 0.0022 not, where the adapters move it by 0.18,
+# and 0.0016 and 0.0018 where they move it by 0.015.
+MERGED_DTYPES = (torch.float32, torch.bfloat16)
 
 # Merged weights stand beside the base's own; at least this many times their size must be free.
 FREE = 2.0
@@ -37,7 +43,7 @@ class Merging:
     Parameters
     ----------
     base, layers: the model and the gated layers in it.
-    wanted: None for the rule (float32 on CPUs, where it was measured); True for others too; False for never.
+    wanted: None for the rule (MERGED_DTYPES on CPUs, where it was measured); True for others too; False for never.
     after: steps before a stretch is merged.
     """
 
@@ -80,7 +86,7 @@ class Merging:
         if not torch.equal(plan.gates, plan.gates[:1].expand_as(plan.gates)) or not self._possible():
             return False
         device = self.layers[0].weight.device
-        if self.wanted is None and (device.type != "cpu" or self.layers[0].weight.dtype != torch.float32):
+        if self.wanted is None and (device.type != "cpu" or self.layers[0].weight.dtype not in MERGED_DTYPES):
             return False
         return free_bytes(device) >= FREE * sum(layer.weight.nbytes for layer in self.layers)
 
