@@ -17,7 +17,7 @@ from gatedwarmth.errors import TrainingError
 from gatedwarmth.router.storage import softmax_to_last
 
 SPARSE_C = (10.0, 30.0, 100.0)
-DENSE_C = (0.03, 0.1, 0.3, 1.0)
+DENSE_C = (0.003, 0.01, 0.03, 0.1)
 LENGTH = 5.5  # average length of a row of standardised inputs: what C is relative to
 RATIO = 0.6  # share of the log-count ratio in a column's scale
 

@@ -32,19 +32,20 @@ from gatedwarmth.hardware import faster_dtype
 from gatedwarmth.router import Card, ProbeRouter, Router, TextRouter, TextSettings, TextWeights, load_router
 from gatedwarmth.router.base import ReadHidden
 from gatedwarmth.router.calibration import fit_calibration
-from gatedwarmth.router.features import GROUPS, WORD, features, word_columns
+from gatedwarmth.router.features import GROUPS, features, word_columns
 from gatedwarmth.router.probe import console
 from gatedwarmth.router.storage import DEFAULT_TRAITS, softmax_to_last
 from gatedwarmth.train.held_out import HeldOut, read_held_out
 from gatedwarmth.train.linear import Fit, Labels, fit_beside, fit_logistic, fit_sparse, log_loss, standardised
 from gatedwarmth.train.states import kept_states
 from gatedwarmth.train.turns import LabelledTurns, check_turns, read_turns
+from gatedwarmth.train.words import word_vectors
 
 Named = str | Path | bases.Base | None
 KINDS = ("text", "probe")
 LAYER_C = 1.0
 LAYERS_KEPT, LAYERS_APART = 4, 3  # neighbouring layers say nearly the same
-RECIPE = 12  # part of the settings' hash: raise it when the training changes
+RECIPE = 13  # part of the settings' hash: raise it when the training changes
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _with_vectors(
     A linear function of a mean word vector is a number per word, so that no vector has to be kept.
     """
     settings = TextSettings(vectors=True)
-    words, vectors = word_vectors(base, train)
+    words, vectors = word_vectors(base, [turn.text for turn in train.turns])
     columns = word_columns(words, settings.word_bits)
     x = text_matrix(train.conversations, settings)
     groups = range(len(GROUPS))
@@ -164,24 +165,6 @@ def _with_vectors(
     for group, weight in zip(groups, np.split(fit.weight, len(GROUPS)), strict=True):
         np.add.at(whole, settings.first_word(group) + columns, vectors @ weight)
     return TextWeights(whole, settings), fit.bias, fit.chosen
-
-
-def word_vectors(base: bases.Base, train: LabelledTurns) -> tuple[list[str], np.ndarray]:
-    """Words and their unit vectors [words, hidden] in the base's input embeddings, centred.
-
-    The words are the tokenizer's own and those of the training turns. They let a text router treat a word that no
-    turn has shown it like the words that the base holds for similar.
-    """
-    embeddings: Any = base.model.get_input_embeddings()
-    table = embeddings.weight.detach().float().cpu().numpy().astype(np.float64)
-    table = table - table.mean(axis=0)
-    own = {token[1:] for token in base.tokenizer.get_vocab() if token[:1] in ("\u0120", "\u2581")}
-    shown = {word for turn in train.turns for word in WORD.findall(turn.text.lower())}
-    words = sorted({word for word in own if word.isascii() and word.isalpha() and word.islower()} | shown)
-    ids = base.tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
-    kept = [(word, table[pieces].mean(axis=0)) for word, pieces in zip(words, ids, strict=True) if pieces]
-    vectors = np.stack([vector for _, vector in kept])
-    return [word for word, _ in kept], vectors / (np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-6)
 
 
 def text_matrix(conversations: Sequence[Sequence[Message]], settings: TextSettings) -> csr_matrix:
