@@ -17,10 +17,10 @@ from gatedwarmth.kernels import gated_lora_siblings
 # last columns (the output layer, under logits_to_keep).
 Sees = Literal["all", "some", "last"]
 
-# Where a group's bases and A are one product, and its B another: a product of bfloat16 takes some 17 µs before it
-# multiplies anything (in float32: 3), and q, k, v, A in one 0.6 of the time of four (8 rows of SmolLM2-135M, two cores
-# with AVX-512). With more rows the products gain nothing, and attention loses by outputs that are not contiguous:
-# prefill 8 × 256 took 1.2 times as long. In float32 the library is slower on the joined matrix (1.2 at 8 rows).
+# Where, on a CPU, a group's bases and A are one product, and its B another: a product of bfloat16 takes some 17 µs
+# before it multiplies anything (in float32: 3), and q, k, v, A in one 0.6 of the time of four (8 rows of SmolLM2-135M,
+# two cores with AVX-512). With more rows the products gain nothing, and attention loses by outputs that are not
+# contiguous: prefill 8 × 256 took 1.2 times as long. In float32 the library is slower on the joined matrix.
 JOINED = (torch.bfloat16,)
 JOINED_ROWS = 64
 
@@ -132,7 +132,7 @@ class Siblings:
         return route.outputs(x)
 
     def _new_route(self, x: Tensor, plan: GatePlan) -> Route:
-        few = x.shape[0] * x.shape[1] <= JOINED_ROWS
+        few = x.is_cpu and x.shape[0] * x.shape[1] <= JOINED_ROWS
         if few and x.dtype in JOINED and self._join():
             return JoinedRoute(self.members, (self._stack, self._blocks), x, plan)  # type: ignore[arg-type]
         return Route(self.members, self.stacked(), x, plan)
