@@ -14,8 +14,8 @@ from gatedwarmth.router.network import Network
 from gatedwarmth.router.probe import console
 from gatedwarmth.train.linear import Labels
 
-NETWORKS, UNITS = 6, 64
-STEPS, BATCH = 1600, 128  # 12 passes over 17,000 turns
+NETWORKS, UNITS = 12, 64
+STEPS, BATCH = 2000, 128  # 11 passes over 22,000 turns
 RATE, DECAY = 1e-3, 1e-2
 DROPPED_INPUTS, DROPPED_UNITS = 0.2, 0.5
 
@@ -23,8 +23,9 @@ DROPPED_INPUTS, DROPPED_UNITS = 0.2, 0.5
 def fit_network(x: np.ndarray, labels: Labels, seed: int = 0) -> Network:
     """Cross-entropy with classes weighted alike, AdamW, one cycle of the rate, dropout (Srivastava et al., JMLR 2014).
 
-    In a trial on 17,000 turns it took the cross-validated log loss of a probe, on the turns of the packaged files a and
-    b, from 0.084, for a logistic regression, to 0.072.
+    In a trial on 17,000 turns six networks took the cross-validated log loss of a probe, on the turns of the packaged
+    files a and b, from 0.084, for a logistic regression, to 0.072. On 21,600 turns twelve in 2,000 steps, in place of
+    six in 1,600, took that of all turns from 0.115 to 0.114 and balanced accuracy from 0.958 to 0.960.
 
     Parameters
     ----------
