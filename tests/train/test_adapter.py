@@ -41,7 +41,8 @@ def test_learns_and_loads_in_peft_alone(tmp_path: Path) -> None:
     peft = PeftModel.from_pretrained(tiny_llama(), tmp_path / "warm").eval()
     with torch.no_grad():
         expected, got = peft(ids).logits, gated(ids, gates={"warmth": 1.0}).logits
-    assert (got - expected).abs().max() < 1e-5 < (expected - tiny_llama()(ids).logits).abs().max()
+    effect = (expected - tiny_llama()(ids).logits).abs().max()
+    assert (got - expected).abs().max() < 5e-5 < 1e-2 * effect  # rounding: 1.3e-5 with AVX-512
 
 
 def test_finished_run_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
