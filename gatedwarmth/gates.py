@@ -49,6 +49,8 @@ class Policy:
             raise GateError(f"unknown policy {self.kind!r}; the policies are {', '.join(POLICIES)}")
         if not 0.0 <= self.floor <= self.ceiling <= 1.0:
             raise GateError(f"a policy needs 0 ≤ floor ≤ ceiling ≤ 1, found {self.floor} and {self.ceiling}")
+        if not 0.0 <= self.threshold <= 1.0:
+            raise GateError(f"a policy's threshold is a probability, found {self.threshold}; give one in [0, 1]")
         if self.steps < 1 or self.sentences < 0 or self.tokens < 0:
             raise GateError("a policy needs steps ≥ 1 and an opening of at least 0 sentences or tokens")
 
@@ -96,9 +98,10 @@ def policy_from_name(name: str | Policy | Mapping[str, Any]) -> Policy:
         raise GateError(f"policy {name!r}: only {', '.join(field_of)} take a number")
     key, convert = field_of[kind]
     try:
-        return Policy(kind, **{key: convert(number)})
+        value = convert(number)
     except ValueError:
         raise GateError(f"policy {name!r}: {number!r} is not a number that {kind} takes") from None
+    return Policy(kind, **{key: value})
 
 
 def gates_tensor(

@@ -18,6 +18,7 @@ from gatedwarmth.cli import app
 from gatedwarmth.errors import BaseModelError, ConversationError, DataError, GateError, ModelFolderError
 from gatedwarmth.files import read_jsonl
 from gatedwarmth.folders import read
+from gatedwarmth.gates import policy_from_name
 from gatedwarmth.router import Card, Network, ProbeRouter, Router, TextRouter, TextSettings, TextWeights
 
 
@@ -90,6 +91,11 @@ def test_broken_files_and_devices_get_errors_of_the_project(tmp_path: Path) -> N
     folder = folder_with(None, tmp_path)
     with pytest.raises(BaseModelError, match="'nowhere' cannot be used"):
         GatedWarmthModel.from_pretrained(folder, device="nowhere")
+
+
+def test_a_threshold_that_no_gate_could_reach_is_refused() -> None:
+    with pytest.raises(GateError, match="found 2.0"):
+        policy_from_name("hard:2")
 
 
 def test_the_version_is_told() -> None:
