@@ -123,7 +123,7 @@ def random_probe(base: bases.Base) -> ProbeRouter:
     return ProbeRouter(network, layers, base.name, Card(TRAITS), _random_weights(TextSettings()))
 
 
-def _random_network(inputs: int, units: int = 384) -> Network:
+def _random_network(inputs: int, units: int = 768) -> Network:
     rng = np.random.default_rng(0)
     return Network(
         0.01 * rng.normal(size=(inputs, units)), np.zeros(units), 0.1 * rng.normal(size=(units, 1)), np.zeros(1)
