@@ -30,7 +30,8 @@ class GatedLinear(nn.Module):
 
     Parameters
     ----------
-    base: nn.Linear, transformers' Conv1D or a quantised linear; never changed, but for stretches on merged weights.
+    base: nn.Linear, transformers' Conv1D or a quantised linear; its weights' values never change, but for stretches on
+        merged weights. Where they are joined their storage moves.
     a: [R, in], b: [out, R]: the traits' lora_A rows and lora_B columns in the model's trait order.
     ranks, scalings: one entry a trait; rank 0 where a trait leaves this layer alone.
     in_force: where the gates of the pass under way are found. sees: which tokens of a pass the layer is handed.

@@ -18,6 +18,7 @@ from gatedwarmth.injection import decoder_layers
 from gatedwarmth.kernels.bench import Clock, Contender, clock_for, measure
 from gatedwarmth.router import Card, Network, ProbeRouter, Router, TextRouter, TextSettings, TextWeights
 from gatedwarmth.templates import render
+from gatedwarmth.train.network import NETWORKS, UNITS
 
 NAME = "router"
 ALONE = "no router"
@@ -119,11 +120,11 @@ def random_probe(base: bases.Base) -> ProbeRouter:
     hidden = int(base.model.config.get_text_config().hidden_size)
     depth = len(decoder_layers(base.model))
     layers = sorted({min(max(1, 2 * depth // 3 + step), depth) for step in (-3, 0, 3, 6)})
-    network = _random_network(2 * len(layers) * hidden + 1)
+    network = _random_network(2 * len(layers) * hidden + 1, NETWORKS * UNITS)
     return ProbeRouter(network, layers, base.name, Card(TRAITS), _random_weights(TextSettings()))
 
 
-def _random_network(inputs: int, units: int = 768) -> Network:
+def _random_network(inputs: int, units: int) -> Network:
     rng = np.random.default_rng(0)
     return Network(
         0.01 * rng.normal(size=(inputs, units)), np.zeros(units), 0.1 * rng.normal(size=(units, 1)), np.zeros(1)
