@@ -127,6 +127,7 @@ def train_adapter_command(
     epochs: Annotated[float, typer.Option()] = 2.0,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     scope: Annotated[str, typer.Option(help="response or turn: what the adapter will serve.")] = "response",
+    seed: Annotated[int, typer.Option(help="Of the first weights and the order of the pairs.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
 ) -> None:
     """Train one trait on pairs; a killed run goes on from its last checkpoint."""
@@ -134,7 +135,7 @@ def train_adapter_command(
 
     from gatedwarmth import bases
     from gatedwarmth.data import load_pairs
-    from gatedwarmth.train.adapter import AdapterSettings, train_adapter
+    from gatedwarmth.train.adapter import AdapterSettings, check_styles, train_adapter
 
     settings = AdapterSettings(
         style,
@@ -144,8 +145,10 @@ def train_adapter_command(
         epochs=epochs,
         batch_size=batch_size,
         scope=scope,  # type: ignore[arg-type]
+        seed=seed,
     )
     train, dev = load_pairs("train", path=pairs), load_pairs("dev", path=pairs)
+    check_styles([*train, *dev], style)  # says what is missing before a base is loaded
     report = train_adapter(bases.load(base, torch.float32, device), train, out, settings, dev)
     Console().print(
         f"{out}: {report['steps']} steps, dev loss {report['dev_loss_before']} → {report['dev_loss_after']}"
@@ -161,11 +164,12 @@ def train_router_command(
         Path | None, typer.Option(help="A turns file or folder; the packaged turns when not given.")
     ] = None,
     traits: Annotated[str, typer.Option(help="Classes, with commas between.")] = "warmth,neutral",
+    seed: Annotated[int, typer.Option(help="Of a probe's network; a text router's fit has no chance in it.")] = 0,
 ) -> None:
     """Train a router, calibrate it, and report it on held-out turns."""
     from gatedwarmth.train.router import train_router
 
-    report = train_router(kind, out, base, turns, tuple(name.strip() for name in traits.split(",")))
+    report = train_router(kind, out, base, turns, tuple(name.strip() for name in traits.split(",")), seed)
     for line in report.lines():
         Console().print(line, highlight=False)
 

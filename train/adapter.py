@@ -91,10 +91,16 @@ class Examples(Dataset[Example]):
         return self.examples[index]
 
 
+def check_styles(pairs: Sequence[Pair], style: str) -> None:
+    """Raise TrainingError where a pair has no reply in this style."""
+    for pair in pairs:
+        if style not in pair.replies:
+            raise TrainingError(f"pair {pair.id} has no reply in style {style!r}, only {sorted(pair.replies)}")
+
+
 def example_of(tokenizer: PreTrainedTokenizerBase, pair: Pair, settings: AdapterSettings) -> Example:
     """Render one pair as the base will see it at serving time, the reply and its end marker as target."""
-    if settings.style not in pair.replies:
-        raise TrainingError(f"pair {pair.id} has no reply in style {settings.style!r}, only {sorted(pair.replies)}")
+    check_styles([pair], settings.style)
     prompt = prompt_of(tokenizer, pair.messages)
     answered = [*pair.messages, {"role": "assistant", "content": pair.replies[settings.style]}]
     whole = render(tokenizer, answered, header=False)  # type: ignore[arg-type]

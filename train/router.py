@@ -252,6 +252,7 @@ def _training(kind: str, base: Named, data: LabelledTurns, held: HeldOut, seed: 
     asked = {
         "kind": kind,
         "base": name,
+        "dtype": _dtype(base) if name else "",
         "seed": seed,
         "recipe": RECIPE,
         "settings": settings,
@@ -262,8 +263,13 @@ def _training(kind: str, base: Named, data: LabelledTurns, held: HeldOut, seed: 
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     return {
         "settings_hash": digest, "turns": len(data.part("train").turns), "calibrated_on": "dev",
-        "evaluated_on": "test", "seed": seed, "base": name,
+        "evaluated_on": "test", "seed": seed, "base": name, "dtype": asked["dtype"],
     }  # fmt: skip
+
+
+def _dtype(base: Named) -> str:
+    """In which the base is read: states in bfloat16 are not those in float32."""
+    return str(base.model.dtype if isinstance(base, bases.Base) else faster_dtype()).removeprefix("torch.")
 
 
 def _loaded(base: str | Path | bases.Base) -> bases.Base:

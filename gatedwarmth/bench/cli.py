@@ -1,4 +1,4 @@
-"""`gatedwarmth bench op | model | train | router | static`."""
+"""`gatedwarmth bench op | model | train | router | profile | static`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 
 from gatedwarmth import bases
 from gatedwarmth.bench.compare import compare
+from gatedwarmth.bench.profiling import GATED
 from gatedwarmth.bench.registry import BENCHMARKS
 from gatedwarmth.bench.rows import Row, read_results, write_results
 from gatedwarmth.bench.static import LABEL, static_rows, static_table
@@ -108,6 +109,21 @@ def router(
     """Time per decision, and what the probe adds to the prefill that it rides on."""
     given = {"base": base, "runs": runs, "dtypes": _names(dtypes), "device": device}
     _run("router", given, threads, out, compare_with)
+
+
+@app.command()
+def profile(
+    base: BaseName = bases.DEFAULT,
+    contender: Annotated[str, typer.Option(help="Set beside the base.")] = GATED,
+    dtypes: Dtypes = TWO,
+    runs: Runs = 9,
+    threads: Threads = 0,
+    out: Out = None,
+    compare_with: Compare = None,
+) -> None:
+    """Which operators a gated pass spends its time on, beside the base's; on the CPU."""
+    given = {"base": base, "contender": contender, "runs": runs, "dtypes": _names(dtypes)}
+    _run("profile", given, threads, out, compare_with)
 
 
 @app.command()

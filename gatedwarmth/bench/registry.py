@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from gatedwarmth.bench import model, ops, routers, training
+from gatedwarmth.bench import model, ops, profiling, routers, training
 from gatedwarmth.bench.rows import Row
 
 
@@ -32,6 +32,12 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             Benchmark(training.NAME, "one optimiser step, ratio to PEFT's", training.TrainSettings, training.run_train),
             Benchmark(
                 routers.NAME, "a routing decision, ratio to no router", routers.RouterSettings, routers.run_router
+            ),
+            Benchmark(
+                profiling.NAME,
+                "operators of a gated pass beside the base's",
+                profiling.ProfileSettings,
+                profiling.run_profile,
             ),
         )
     }

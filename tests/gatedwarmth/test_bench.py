@@ -16,6 +16,7 @@ from gatedwarmth import bases
 from gatedwarmth.bench import BENCHMARKS, Row, compare, read_results, write_results
 from gatedwarmth.bench.cli import app
 from gatedwarmth.bench.model import ModelSettings, measure_model
+from gatedwarmth.bench.profiling import GATED, ProfileSettings, measure_profile
 from gatedwarmth.bench.routers import RouterSettings, measure_router
 from gatedwarmth.bench.rows import DTYPES
 from gatedwarmth.bench.static import static_table
@@ -39,7 +40,7 @@ def a_row(**changes: Any) -> Row:
 
 
 def test_the_registry_names_every_benchmark_and_its_settings() -> None:
-    assert list(BENCHMARKS) == ["op", "model", "train", "router"]
+    assert list(BENCHMARKS) == ["op", "model", "train", "router", "profile"]
     for name, benchmark in BENCHMARKS.items():
         assert benchmark.name == name and benchmark.summary
         settings = benchmark.settings()
@@ -114,6 +115,27 @@ def test_a_router_benchmark_runs_and_leaves_the_base_alone(base: bases.Base) -> 
     rides = {row.contender: row for row in rows if row.case.startswith("prefill")}
     assert set(rides) == {"no router", "text", "probe"} and rides["probe"].ratio
     assert list(base.model.state_dict()) == before
+
+
+def test_a_profile_counts_the_products_that_gating_adds(base: bases.Base) -> None:
+    settings = ProfileSettings(runs=3, rank=2, prefill=(4, 32), decode=(2,), context=6, steps=2, share=0.0)
+    rows = list(measure_profile(base, settings, "float32"))
+    cases = list(dict.fromkeys(row.case for row in rows))
+    assert len(cases) == 2 and all(case.endswith(GATED) for case in cases)
+    layers, hidden = base.model.config.num_hidden_layers, base.model.config.hidden_size
+    prefill = {row.contender: row for row in rows if row.case == cases[0]}
+    shrink = prefill[f"mm 128×{hidden} · {hidden}×12"]  # q, k, v: two traits of rank 2 each
+    assert shrink.note == f"{layers} calls; base 0 ms, 0 calls" and shrink.ratio is None and shrink.median
+    expands = [row for name, row in prefill.items() if name.startswith("addmm_")]
+    assert sum(int(row.note.split()[0]) for row in expands) == 7 * layers
+    whole = prefill["all operators"].median
+    parts = sum(row.median or 0.0 for name, row in prefill.items() if name != "all operators")
+    assert whole and parts == pytest.approx(whole, rel=0.5)  # medians do not add up exactly
+
+
+def test_a_profile_of_a_gpu_is_refused() -> None:
+    with pytest.raises(GatedWarmthError, match="found device 'cuda'"):
+        ProfileSettings(device="cuda")
 
 
 def test_results_survive_json(tmp_path: Path) -> None:
