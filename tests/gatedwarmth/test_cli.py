@@ -15,7 +15,14 @@ from gatedwarmth import GatedWarmthModel
 from gatedwarmth.bench.subjects import acting_adapter
 from gatedwarmth.chat import Chat
 from gatedwarmth.cli import app
-from gatedwarmth.errors import BaseModelError, ConversationError, DataError, GateError, ModelFolderError
+from gatedwarmth.errors import (
+    BaseModelError,
+    ConversationError,
+    DataError,
+    GateError,
+    ModelFolderError,
+    TrainingError,
+)
 from gatedwarmth.files import read_jsonl
 from gatedwarmth.folders import read
 from gatedwarmth.gates import policy_from_name
@@ -91,6 +98,12 @@ def test_broken_files_and_devices_get_errors_of_the_project(tmp_path: Path) -> N
     folder = folder_with(None, tmp_path)
     with pytest.raises(BaseModelError, match="'nowhere' cannot be used"):
         GatedWarmthModel.from_pretrained(folder, device="nowhere")
+
+
+def test_a_style_that_no_pair_has_is_refused_before_a_base_is_loaded(tmp_path: Path) -> None:
+    command = ["train", "adapter", "--style", "icy", "--base", str(tmp_path / "none"), "--out", str(tmp_path / "a")]
+    with pytest.raises(TrainingError, match="no reply in style 'icy'"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
 
 
 def test_a_threshold_that_no_gate_could_reach_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -211,6 +213,8 @@ def test_word_vectors_become_one_number_a_word(llama: object, tokenizer: object,
     assert isinstance(router, TextRouter) and router.text.settings.vectors
     column = router.text.settings.first_word() + word_columns(["sister"], router.text.settings.word_bits)
     assert (router.text.weight[column] != 0).all()
+    half = dataclasses.replace(base, model=copy.deepcopy(base.model).bfloat16())
+    assert not train_router("text", tmp_path / "r", base=half, turns=path).skipped  # other vectors
     assert not train_router("text", tmp_path / "r", turns=path).skipped  # without a base it is another router
 
 
