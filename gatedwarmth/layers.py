@@ -102,7 +102,8 @@ class Siblings:
         self._plan: GatePlan | None = None
         self._stack: Tensor | None = None  # [R of all, in]; where joined, with the bases' weights in front
         self._blocks: Tensor | None = None  # [out of all, R of all], where joined
-        self._route: Route | None = None
+        self._route: Route | None = None  # of the plan in force
+        self._routes: dict[bool, Route] = {}  # for few rows and for many; what outlives a plan
 
     def output(self, member: GatedLinear, x: Tensor, plan: GatePlan) -> Tensor:
         """The output of `member` for x [..., in]."""
@@ -120,24 +121,40 @@ class Siblings:
         return y
 
     def forget(self) -> None:
-        """Let go of outputs that nobody picked up, and of what was looked up for a plan."""
+        """Let go of outputs that nobody picked up, and of the plan."""
         self._ready, self._input, self._plan, self._route = {}, None, None, None
+        for route in self._routes.values():
+            route.let_go()
 
     def _all_outputs(self, x: Tensor, plan: GatePlan) -> list[Tensor]:
         if torch.is_grad_enabled() or x.is_cuda:  # on GPUs the kernel also serves passes without gradients
             return _differentiable(self.members, x, plan)
         route = self._route
         if route is None or not route.serves(x, plan):
-            if not _can_route(self.members, x, plan):
+            route = self._route = self._route_for(x, plan)
+            if route is None:
                 return _outputs(self.members, x, plan, self.stacked())
-            route = self._route = self._new_route(x, plan)
+            route.take(x, plan)
         return route.outputs(x)
 
-    def _new_route(self, x: Tensor, plan: GatePlan) -> Route:
+    def _route_for(self, x: Tensor, plan: GatePlan) -> Route | None:
+        """None where a pass has to go another way."""
+        first = self.members[0]
+        if plan.start or not _is_placed(first, x, plan) or torch.is_autocast_enabled(x.device.type):
+            return None
         few = x.is_cpu and x.shape[0] * x.shape[1] <= JOINED_ROWS
-        if few and x.dtype in JOINED and self._join():
-            return JoinedRoute(self.members, (self._stack, self._blocks), x, plan)  # type: ignore[arg-type]
-        return Route(self.members, self.stacked(), x, plan)
+        route = self._routes.get(few)
+        # making all anew for every reply took 8 ms of SmolLM2-135M's first token
+        if route is None or not route.is_of(self.members, x) or _is_distributed():
+            if not all(is_plain(m.base) and _alike(m.weight, m.a, x) for m in self.members):
+                return None
+            route = self._routes[few] = self._new_route(few and x.dtype in JOINED)
+        return route
+
+    def _new_route(self, joined: bool) -> Route:
+        if joined and self._join():
+            return JoinedRoute(self.members, self._stack, self._blocks)  # type: ignore[arg-type]
+        return Route(self.members, self.stacked())
 
     def stacked(self) -> Tensor:
         """[R of all, in]: the members' A in one matrix, of which their own become views: no copy is kept."""
@@ -171,6 +188,7 @@ class Siblings:
         return True
 
     def _stack_up(self, parts: list[Tensor]) -> None:
+        self._routes = {}  # they would keep what is moved here
         with torch.inference_mode(False):  # or a later training could not save the weights for its backward pass
             self._stack = torch.cat([part.data for part in parts])
             _point(parts, self._stack.split([len(part) for part in parts]))
@@ -178,6 +196,7 @@ class Siblings:
     def split(self) -> None:
         """Give stacked and joined weights storage of their own again, bit for bit."""
         self.forget()
+        self._routes = {}
         for m in self.members:
             held = [part for part in (m.a, m.weight) if _are_views([part], self._stack)]
             held += [m.b] if _are_views([m.b], self._blocks) else []
@@ -203,21 +222,38 @@ def _is_distributed() -> bool:
 
 
 class Route:
-    """The shortest way to a group's outputs under one plan: all that can be looked up has been.
+    """The shortest way to a group's outputs: all that can be looked up has been, for the weights and then for a plan.
 
-    At one token a row the products of a gated layer take less time than Python takes to find their arguments. It lives
-    as long as the plan stays in force; weights may be written to meanwhile, but not replaced by others.
+    At one token a row the products of a gated layer take less time than Python takes to find their arguments. Weights
+    may be written to meanwhile; `is_of` tells where they were replaced by others, `take` comes before the first pass
+    of a plan.
     """
 
-    def __init__(self, members: list[GatedLinear], a: Tensor, x: Tensor, plan: GatePlan) -> None:
-        self.plan, self.shape = plan, x.shape[:2]
+    plan: GatePlan | None = None
+
+    def __init__(self, members: list[GatedLinear], a: Tensor) -> None:
         self.a_t = a.T
-        self.columns = plan.flat_columns([m.ranks for m in members], members[0].scalings, x)
+        self.ranks, self.scalings = [m.ranks for m in members], members[0].scalings
         self.widths = [m.a.shape[0] for m in members]
         self.parts = [(m.weight, m.bias, m.b.T) for m in members]
+        self.places = _places(members)
+
+    def is_of(self, members: list[GatedLinear], x: Tensor) -> bool:
+        """Whether these still have the weights that it was made from: it keeps them, so that no other takes a place."""
+        return x.dtype is self.a_t.dtype and self.places == _places(members)
+
+    def take(self, x: Tensor, plan: GatePlan) -> None:
+        """Serve inputs like x under this plan."""
+        self.plan, self.shape = plan, x.shape[:2]
+        self.columns = plan.flat_columns(self.ranks, self.scalings, x)
+
+    def let_go(self) -> None:
+        """Of the plan and its gates."""
+        self.plan = None
+        self.columns = self.a_t.new_empty(0)
 
     def serves(self, x: Tensor, plan: GatePlan) -> bool:
-        """Whether it was made for inputs like x under this plan."""
+        """Whether it took inputs like x under this plan."""
         return self.plan is plan and x.shape[:2] == self.shape and x.dtype == self.columns.dtype
 
     def outputs(self, x: Tensor) -> list[Tensor]:
@@ -232,32 +268,39 @@ class Route:
 class JoinedRoute(Route):
     """One product for the bases and A, one for B: the outputs are views of all of them together.
 
-    joined: [out of all + R of all, in], and [out of all, R of all] with one block a member.
+    stack: [out of all + R of all, in]. blocks: [out of all, R of all], with one block a member.
     """
 
-    def __init__(self, members: list[GatedLinear], joined: tuple[Tensor, Tensor], x: Tensor, plan: GatePlan) -> None:
-        self.stack, blocks = joined
-        super().__init__(members, self.stack[len(blocks) :], x, plan)
-        self.blocks_t, self.bias = blocks.T, _joined_bias(members, self.stack)
+    def __init__(self, members: list[GatedLinear], stack: Tensor, blocks: Tensor) -> None:
+        super().__init__(members, stack[len(blocks) :])
+        self.stack, self.blocks_t = stack, blocks.T
         self.cut, self.outs = blocks.shape, [m.out_features for m in members]
+
+    def take(self, x: Tensor, plan: GatePlan) -> None:
+        super().take(x, plan)
+        self.bias = self._joined_bias()
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         y, shrunk = F.linear(x.flatten(0, 1), self.stack, self.bias).split_with_sizes(self.cut, dim=1)
         y.addmm_(shrunk.mul_(self.columns), self.blocks_t)
         return [part.view(*self.shape, -1) for part in y.split_with_sizes(self.outs, dim=1)]
 
+    def _joined_bias(self) -> Tensor | None:
+        """[out of all + R of all], zero where there is none; None where no member has one."""
+        if all(bias is None for _, bias, _ in self.parts):
+            return None
+        parts = [self.stack.new_zeros(len(weight)) if bias is None else bias for weight, bias, _ in self.parts]
+        return torch.cat([*parts, self.stack.new_zeros(sum(self.widths))])
 
-def _joined_bias(members: list[GatedLinear], stack: Tensor) -> Tensor | None:
-    """[out of all + R of all], zero where there is none; None where no member has one."""
-    if all(m.bias is None for m in members):
-        return None
-    parts = [stack.new_zeros(m.out_features) if m.bias is None else m.bias for m in members]
-    return torch.cat([*parts, stack.new_zeros(sum(m.a.shape[0] for m in members))])
+
+def _places(members: list[GatedLinear]) -> list[list[int]]:
+    """Where the members' weights lie: load_state_dict(assign=True), merging and the like put others in their stead."""
+    return [_place(m.base, m.a, m.b) for m in members]
 
 
-def _can_route(members: list[GatedLinear], x: Tensor, plan: GatePlan) -> bool:
-    whole = _is_placed(members[0], x, plan) and plan.start == 0 and not torch.is_autocast_enabled(x.device.type)
-    return whole and all(is_plain(m.base) and _alike(m.weight, m.a, x) for m in members)
+def _place(base: nn.Module, a: Tensor, b: Tensor) -> list[int]:
+    tensors = (base.weight, base.bias, a, b) if is_plain(base) else ()
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]  # type: ignore[union-attr,operator]
 
 
 def _is_placed(member: GatedLinear, x: Tensor, plan: GatePlan) -> bool:
@@ -271,8 +314,8 @@ def is_plain(base: nn.Module) -> bool:
     return type(base) is nn.Linear and type(base.weight) is nn.Parameter and not hooked
 
 
-def _alike(*tensors: Tensor) -> bool:
-    return len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1
+def _alike(x: Tensor, y: Tensor, z: Tensor) -> bool:
+    return x.dtype is y.dtype is z.dtype and x.device == y.device == z.device
 
 
 def _outputs(members: list[GatedLinear], x: Tensor, plan: GatePlan, a: Tensor) -> list[Tensor]:

@@ -221,6 +221,22 @@ def test_adapters_that_are_replaced_are_not_served_stale(model: GatedWarmthModel
     assert (after - with_gradients).abs().max() < 1e-4
 
 
+def test_a_base_weight_that_is_replaced_or_hooked_is_not_served_stale(model: GatedWarmthModel, ids: Tensor) -> None:
+    gates = torch.tensor([[0.7, 0.3]] * 3)
+    layer = model.injection.layers["model.layers.0.self_attn.q_proj"]
+    with torch.no_grad():
+        before = model(input_ids=ids[:, :4], gates=gates).logits
+        layer.base.weight = torch.nn.Parameter(layer.weight * 1.5)
+        after = model(input_ids=ids[:, :4], gates=gates).logits
+    assert (after - before).abs().max() > 1e-3
+    assert apart(model(input_ids=ids[:, :4], gates=gates).logits, after) < CLOSE
+    called: list[bool] = []
+    layer.base.register_forward_hook(lambda *_: called.append(True))
+    with torch.no_grad():
+        assert apart(model(input_ids=ids[:, :4], gates=gates).logits, after) < CLOSE
+    assert called
+
+
 def test_moving_a_model_after_its_weights_were_stacked(model: GatedWarmthModel, ids: Tensor) -> None:
     gates = torch.tensor([[0.7, 0.3]] * 3)
     with torch.no_grad():
