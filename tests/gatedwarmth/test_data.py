@@ -324,8 +324,8 @@ def test_command_line(tmp_path: Path) -> None:
 def test_packaged_corpora_have_the_size_that_is_promised() -> None:
     assert Counter(p.kind for p in data.load_pairs()) == {"social": 200, "reasoning": 200, "mixed": 80}
     turns = data.load_turns()
-    assert Counter(t.label for t in turns) == {"social": 9373, "reasoning": 9383}
-    assert sum(t.hard for t in turns) == 11712
+    assert Counter(t.label for t in turns) == {"social": 9970, "reasoning": 9973}
+    assert sum(t.hard for t in turns) == 12899
     domains = {"general": 120, "misconception": 80, "medicine": 80, "disinformation": 60, "arithmetic": 60}
     assert Counter(q.domain for q in data.load_questions()) == domains
     assert Counter(c.group for c in data.load_contexts()) == dict.fromkeys(data.CONTEXT_GROUPS, 5)
