@@ -127,7 +127,7 @@ def train_adapter_command(
     epochs: Annotated[float, typer.Option()] = 2.0,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     scope: Annotated[str, typer.Option(help="response or turn: what the adapter will serve.")] = "response",
-    seed: Annotated[int, typer.Option(help="Of the first weights and the order of the pairs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first weights and the order of the pairs.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
 ) -> None:
     """Train one trait on pairs; a killed run goes on from its last checkpoint."""
@@ -164,7 +164,9 @@ def train_router_command(
         Path | None, typer.Option(help="A turns file or folder; the packaged turns when not given.")
     ] = None,
     traits: Annotated[str, typer.Option(help="Classes, with commas between.")] = "warmth,neutral",
-    seed: Annotated[int, typer.Option(help="Of a probe's network; a text router's fit has no chance in it.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of a probe's network; a text router's fit has no chance in it.")
+    ] = 0,
 ) -> None:
     """Train a router, calibrate it, and report it on held-out turns."""
     from gatedwarmth.train.router import train_router

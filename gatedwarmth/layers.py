@@ -144,11 +144,14 @@ class Siblings:
             return None
         few = x.is_cpu and x.shape[0] * x.shape[1] <= JOINED_ROWS
         route = self._routes.get(few)
-        # making all anew for every reply took 8 ms of SmolLM2-135M's first token
-        if route is None or not route.is_of(self.members, x) or _is_distributed():
+        if route is not None and not route.is_of(self.members, x):
+            self._routes, route = {}, None  # both, or the other would keep weights that nobody uses
+        if route is None:
             if not all(is_plain(m.base) and _alike(m.weight, m.a, x) for m in self.members):
                 return None
-            route = self._routes[few] = self._new_route(few and x.dtype in JOINED)
+            route = self._new_route(few and x.dtype in JOINED)
+            if not _is_distributed():  # there its stack is a copy
+                self._routes[few] = route  # making all anew for every reply took 8 ms of SmolLM2-135M's first token
         return route
 
     def _new_route(self, joined: bool) -> Route:
@@ -224,9 +227,9 @@ def _is_distributed() -> bool:
 class Route:
     """The shortest way to a group's outputs: all that can be looked up has been, for the weights and then for a plan.
 
-    At one token a row the products of a gated layer take less time than Python takes to find their arguments. Weights
-    may be written to meanwhile; `is_of` tells where they were replaced by others, `take` comes before the first pass
-    of a plan.
+    At one token a row the products of a gated layer take less time than Python takes to find their arguments. `take`
+    comes before the first pass of a plan. Between plans weights may be replaced by others, which `is_of` tells; during
+    one they may only be written to (and a bias not even that).
     """
 
     plan: GatePlan | None = None
@@ -235,22 +238,24 @@ class Route:
         self.a_t = a.T
         self.ranks, self.scalings = [m.ranks for m in members], members[0].scalings
         self.widths = [m.a.shape[0] for m in members]
-        self.parts = [(m.weight, m.bias, m.b.T) for m in members]
-        self.places = _places(members)
+        # detached, so that their storage is kept and no other weight can come to lie in its place
+        self.parts = [(m.weight.detach(), None if m.bias is None else m.bias.detach(), m.b.T) for m in members]
+        self.made_from = _sources(members)
 
     def is_of(self, members: list[GatedLinear], x: Tensor) -> bool:
-        """Whether these still have the weights that it was made from: it keeps them, so that no other takes a place."""
-        return x.dtype is self.a_t.dtype and self.places == _places(members)
+        """Whether these still have the weights, ranks and scalings that it was made from."""
+        return x.dtype is self.a_t.dtype and self.made_from == _sources(members)
 
     def take(self, x: Tensor, plan: GatePlan) -> None:
         """Serve inputs like x under this plan."""
-        self.plan, self.shape = plan, x.shape[:2]
         self.columns = plan.flat_columns(self.ranks, self.scalings, x)
+        self.plan, self.shape = plan, x.shape[:2]  # last: an error above leaves nothing that looks served
 
     def let_go(self) -> None:
         """Of the plan and its gates."""
-        self.plan = None
-        self.columns = self.a_t.new_empty(0)
+        if self.plan is not None:
+            self.plan = None
+            del self.columns
 
     def serves(self, x: Tensor, plan: GatePlan) -> bool:
         """Whether it took inputs like x under this plan."""
@@ -277,8 +282,8 @@ class JoinedRoute(Route):
         self.cut, self.outs = blocks.shape, [m.out_features for m in members]
 
     def take(self, x: Tensor, plan: GatePlan) -> None:
-        super().take(x, plan)
         self.bias = self._joined_bias()
+        super().take(x, plan)
 
     def outputs(self, x: Tensor) -> list[Tensor]:
         y, shrunk = F.linear(x.flatten(0, 1), self.stack, self.bias).split_with_sizes(self.cut, dim=1)
@@ -293,12 +298,13 @@ class JoinedRoute(Route):
         return torch.cat([*parts, self.stack.new_zeros(sum(self.widths))])
 
 
-def _places(members: list[GatedLinear]) -> list[list[int]]:
-    """Where the members' weights lie: load_state_dict(assign=True), merging and the like put others in their stead."""
-    return [_place(m.base, m.a, m.b) for m in members]
+def _sources(members: list[GatedLinear]) -> list[tuple[Any, ...]]:
+    """What a route is made from, with the places where weights lie: load_state_dict(assign=True), merging and the like
+    put others in their stead."""
+    return [(m.ranks, m.scalings, *_places(m.base, m.a, m.b)) for m in members]
 
 
-def _place(base: nn.Module, a: Tensor, b: Tensor) -> list[int]:
+def _places(base: nn.Module, a: Tensor, b: Tensor) -> list[int]:
     tensors = (base.weight, base.bias, a, b) if is_plain(base) else ()
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]  # type: ignore[union-attr,operator]
 

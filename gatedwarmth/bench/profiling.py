@@ -44,6 +44,9 @@ class ProfileSettings:
     def __post_init__(self) -> None:
         if torch.device(self.device).type != "cpu":
             raise GatedWarmthError(f"the profile is of CPU operators, found device {self.device!r}; use cpu")
+        if self.contender == BASE:
+            raise GatedWarmthError(f"the contender is profiled beside {BASE!r}, so it must be another")
+        self.of_models()  # refuses an unknown contender before a base is loaded
 
     def of_models(self) -> ModelSettings:
         """What the cases are made from."""

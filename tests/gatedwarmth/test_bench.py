@@ -138,6 +138,12 @@ def test_a_profile_of_a_gpu_is_refused() -> None:
         ProfileSettings(device="cuda")
 
 
+@pytest.mark.parametrize("contender", ["nope", "base"])
+def test_a_profile_of_nothing_beside_the_base_is_refused(contender: str) -> None:
+    with pytest.raises(GatedWarmthError, match=contender):
+        ProfileSettings(contender=contender)
+
+
 def test_results_survive_json(tmp_path: Path) -> None:
     rows = [
         a_row(),

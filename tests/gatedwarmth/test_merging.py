@@ -38,9 +38,8 @@ def logits_of(model, ids, gates, steps=9):
     return torch.stack(out.logits), seen
 
 
-@pytest.mark.parametrize(
-    ("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)]
-)  # gates of zero in place of these: 5e-2
+# in bfloat16 the base without its traits is 5e-2 away, so 8e-3 tells merged from not
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
 def test_equals_the_gated_layers_and_restores_every_bit(ids, dtype, close):
     model, plain = model_of(dtype), model_of(dtype, merge=False)
     before = {name: tensor.clone() for name, tensor in model.base.state_dict().items()}

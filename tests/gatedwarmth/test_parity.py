@@ -221,20 +221,45 @@ def test_adapters_that_are_replaced_are_not_served_stale(model: GatedWarmthModel
     assert (after - with_gradients).abs().max() < 1e-4
 
 
-def test_a_base_weight_that_is_replaced_or_hooked_is_not_served_stale(model: GatedWarmthModel, ids: Tensor) -> None:
-    gates = torch.tensor([[0.7, 0.3]] * 3)
+@pytest.mark.parametrize("repeats", [1, 9])
+def test_a_base_weight_that_is_replaced_or_hooked_is_not_served_stale(
+    model: GatedWarmthModel, ids: Tensor, repeats: int
+) -> None:
+    gates, ids = torch.tensor([[0.7, 0.3]] * 3), ids.repeat(1, repeats)
     layer = model.injection.layers["model.layers.0.self_attn.q_proj"]
     with torch.no_grad():
-        before = model(input_ids=ids[:, :4], gates=gates).logits
+        before = model(input_ids=ids, gates=gates).logits
         layer.base.weight = torch.nn.Parameter(layer.weight * 1.5)
-        after = model(input_ids=ids[:, :4], gates=gates).logits
+        after = model(input_ids=ids, gates=gates).logits
     assert (after - before).abs().max() > 1e-3
-    assert apart(model(input_ids=ids[:, :4], gates=gates).logits, after) < CLOSE
+    assert apart(model(input_ids=ids, gates=gates).logits, after) < CLOSE
     called: list[bool] = []
     layer.base.register_forward_hook(lambda *_: called.append(True))
     with torch.no_grad():
-        assert apart(model(input_ids=ids[:, :4], gates=gates).logits, after) < CLOSE
-    assert called
+        assert apart(model(input_ids=ids, gates=gates).logits, after) < CLOSE
+    assert called and not layer.siblings._routes, "a route outlived the weights that it was made from"
+
+
+def test_a_scaling_that_changes_is_not_served_stale(model: GatedWarmthModel, ids: Tensor) -> None:
+    gates = torch.tensor([[0.7, 0.3]] * 3)
+    with torch.no_grad():
+        model(input_ids=ids, gates=gates)
+        for layer in model.injection.layers.values():
+            layer.scalings = tuple(2 * scaling for scaling in layer.scalings)
+        after = model(input_ids=ids, gates=gates).logits
+    assert apart(model(input_ids=ids, gates=gates).logits, after) < CLOSE
+
+
+def test_routes_are_kept_from_reply_to_reply(model: GatedWarmthModel, ids: Tensor) -> None:
+    gates = torch.tensor([[0.7, 0.3]] * 3)
+    siblings = model.injection.layers["model.layers.0.self_attn.q_proj"].siblings
+    with torch.no_grad():
+        model(input_ids=ids, gates=gates)
+        few = siblings._routes[True]
+        model(input_ids=ids.repeat(1, 9), gates=gates)
+        model(input_ids=ids, gates=gates)
+    assert set(siblings._routes) == {True, False} and siblings._routes[True] is few
+    assert few.plan is None, "a plan and its gates were kept with it"
 
 
 def test_moving_a_model_after_its_weights_were_stacked(model: GatedWarmthModel, ids: Tensor) -> None:
