@@ -201,7 +201,8 @@ def _router(results: Results) -> list[Block]:
     router = results.router
     if router:
         text = (
-            f"On held-out turns the router opens warmth (p of social ≥ {router.threshold:g}) on "
+            f"On turns of the {results.about['settings']['split']} split the router opens warmth "
+            f"(p of social ≥ {router.threshold:g}) on "
             f"{share(router.leak)} of "
             f"{router.leak.n} reasoning turns and leaves it shut on {share(router.missed)} of "
             f"{router.missed.n} social turns "
@@ -339,7 +340,7 @@ def _about(results: Results) -> list[Block]:
 def _plain(value: object) -> str:
     if isinstance(value, list):
         return "/".join(str(item) for item in value)
-    return "all" if value is None else str(value)
+    return "not set" if value is None else str(value)
 
 
 def _is_hash(value: object) -> bool:

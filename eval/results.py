@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +37,7 @@ from gatedwarmth.eval.stats import (
 )
 from gatedwarmth.files import write_json_atomic
 from gatedwarmth.gates import is_open
+from gatedwarmth.hardware import describe
 
 SCHEMA = 1
 Mask = NDArray[np.bool_]
@@ -93,7 +92,7 @@ class CellResult:
 
 @dataclass(frozen=True)
 class RouterResult:
-    """The router on held-out turns: one trial each, so the Clopper-Pearson intervals hold exactly.
+    """The router on the run's turns: one trial each, so the Clopper-Pearson intervals hold exactly.
 
     leak: share of reasoning turns with p_social at or above `threshold`; missed: share of social turns below
         it.
@@ -339,12 +338,8 @@ def _about(record: Mapping[str, Any], settings: EvalSettings, table: _Table) -> 
 def hardware() -> dict[str, Any]:
     """The machine and the libraries that a run's speed and last bits depend on."""
     return {
-        "processor": platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
+        **describe(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
 

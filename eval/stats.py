@@ -133,12 +133,15 @@ def binomial(successes: int, n: int) -> Estimate:
     return Estimate(successes / n, float(low), float(high), n)
 
 
+ENOUGH_TURNS = 10  # fewer cannot carry an interval: three warm turns out of three come by chance once in eight times
+
+
 @dataclass(frozen=True)
 class ManipulationCheck:
     """Is the warm arm warmer than the base? Without that nothing can be said about what warmth costs or
     gating saves.
 
-    passed: None where the run lacks what the check needs. lift: mean warmth, warm minus base.
+    passed: None where the run lacks what the check needs, `ENOUGH_TURNS` among it. lift: mean warmth, warm minus base.
     """
 
     passed: bool | None
@@ -155,6 +158,12 @@ def manipulation_check(bootstrap: Bootstrap | None, warm: Floats | None, base: F
             "Not made: it needs the task 'warmth' and the arms 'warm' and 'base'. No recovery is claimed.",
         )
     lift = bootstrap.difference(warm, base)
+    if lift.n < ENOUGH_TURNS:
+        return ManipulationCheck(
+            None,
+            lift,
+            f"Not made: {lift.n} social turns are too few to tell, it takes {ENOUGH_TURNS}. No recovery is claimed.",
+        )
     if lift.above_zero:
         return ManipulationCheck(True, lift, "Passed: the warm arm is warmer than the base.")
     return ManipulationCheck(

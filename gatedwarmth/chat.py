@@ -99,6 +99,7 @@ class Chat:
     def _gate(self, trait: str, value: str | None = None) -> None:
         if trait == "off":
             self.held.clear()
+            self.console.print("(the router decides)", style="dim")
             return
         try:
             number = float(value or "")
@@ -106,6 +107,7 @@ class Chat:
             raise GateError(f"/gate {trait} needs a number in [0, 1], found {value!r}") from None
         gates_tensor({trait: number}, self.model.traits, 1)
         self.held[trait] = number
+        self.console.print(f"({trait} held at {number:g})", style="dim", highlight=False)
 
     def _undo(self) -> None:
         self.conversation.undo()

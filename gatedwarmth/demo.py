@@ -118,13 +118,13 @@ def run_demo(out: Path, full: bool = False, base_name: str = bases.DEFAULT) -> R
     train, dev = load_pairs("train"), load_pairs("dev")
     if plan.pairs:
         train, dev = _shortest(train, plan.pairs), _shortest(dev, 4)
-    _say(f"2. Warmth adapter on {len(train)} pairs")
+    _say(f"2. Warmth adapter on {_seen(plan.attempts[0], train)} pairs")
     warmth = _train_warmth(base, train, dev, plan, work)
-    _say(f"3. Neutral adapter on {len(train)} pairs")
+    _say(f"3. Neutral adapter on {_seen(plan.neutral, train)} pairs")
     train_adapter(_training(base), train, work / "neutral", plan.neutral, dev)
     model = _assemble(base, warmth, work / "neutral", work / "router", out / "model")
     _say("4. Arms: " + ", ".join(plan.eval.arms))
-    results = evaluate(model, out, plan.eval, identify(out / "model"))
+    results = evaluate(model, out, plan.eval, _identity(out / "model", base))
     print_table(results)
     _say("5. One conversation; the gate moves turn by turn")
     talk(model)
@@ -154,7 +154,7 @@ def _train_warmth(base: bases.Base, train: list[Pair], dev: list[Pair], plan: Pl
             return folder
         model = GatedWarmthModel.from_pretrained(_serving(base), {"warmth": folder}, merge=False)
         try:
-            results = evaluate(model, work / f"check-{number}", plan.check, identify(folder))
+            results = evaluate(model, work / f"check-{number}", plan.check, _identity(folder, base))
         finally:
             model.unwrap()
         check = results.manipulation
@@ -182,6 +182,21 @@ def _serving(base: bases.Base) -> bases.Base:
     """The base in the dtype that this machine generates fastest in."""
     base.model.to(faster_dtype(base.model.device))  # type: ignore[arg-type]
     return base
+
+
+def _identity(folder: Path, base: bases.Base) -> dict[str, str]:
+    """What a report names, and what a run that goes on must have in common with its beginning."""
+    return {**identify(folder), "base": base.name, "dtype": str(base.model.dtype).removeprefix("torch.")}
+
+
+def _seen(settings: AdapterSettings, pairs: list[Pair]) -> str:
+    """How many of the pairs the training gets to see.
+
+    >>> _seen(QUICK_ADAPTER, [None] * 80)
+    '56 of 80'
+    """
+    most = settings.max_steps * settings.batch_size
+    return f"{most} of {len(pairs)}" if 0 < most < len(pairs) else str(len(pairs))
 
 
 def _shortest(pairs: list[Pair], count: int) -> list[Pair]:

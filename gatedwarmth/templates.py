@@ -78,6 +78,8 @@ def _text_length(tokenizer: PreTrainedTokenizerBase, message: Message) -> int:
 def check_messages(messages: Sequence[Message]) -> None:
     if not messages:
         raise ConversationError("the conversation is empty; give at least one user message")
+    if isinstance(messages, str):
+        raise ConversationError("a conversation is a list of messages; write [{'role': 'user', 'content': …}]")
     for index, message in enumerate(messages):
         if message.get("role") not in ROLES:
             raise ConversationError(f"message {index} has role {message.get('role')!r}; use one of {', '.join(ROLES)}")

@@ -21,7 +21,10 @@ from gatedwarmth.bench.table import changes_table, rows_table
 from gatedwarmth.errors import GatedWarmthError
 from gatedwarmth.files import write_json_atomic
 
-app = typer.Typer(no_args_is_help=True, help="Measure the op, the model, training and the router.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Measure the op, the model, training and the router; profile a pass; compute what GPUs would do.",
+)
 
 Out = Annotated[Path | None, typer.Option(help="JSON file for the rows; written anew after every row.")]
 Compare = Annotated[Path | None, typer.Option("--compare", help="An older JSON file to set the rows against.")]

@@ -39,7 +39,7 @@ class LeakBound:
         if self.threshold is not None:
             return (
                 f"at threshold {self.threshold:.3f}, {self.leaks} of {self.turns} held-out reasoning turns leak; "
-                f"the rate is at most {self.bound:.1%} with confidence {1 - self.delta:.0%}"
+                f"on turns like these the rate is at most {self.bound:.1%} with confidence {1 - self.delta:.0%}"
             )
         if self.turns < self.needed:
             return (

@@ -29,7 +29,7 @@ QUESTIONS = tuple(
     Question(f"qg-{i:03}", "general", "short", f"What is thing {chr(97 + i)}?", (f"right{i}",), f"wrong{i}", "x")
     for i in range(12)
 )
-TURNS = tuple(Turn(f"t-{i:04}", f"My day was {'long ' * i}", "social", False, False, "plain", []) for i in range(9))
+TURNS = tuple(Turn(f"t-{i:04}", f"My day was {'long ' * i}", "social", False, False, "plain", []) for i in range(10))
 
 
 def fraction(text: str) -> float:

@@ -58,6 +58,14 @@ def test_manipulation_check() -> None:
     assert manipulation_check(None, None, None).passed is None
 
 
+@pytest.mark.parametrize(("turns", "passed"), [(1, None), (9, None), (10, True)])
+def test_a_few_warm_turns_pass_no_manipulation_check(turns: int, passed: bool | None) -> None:
+    base = np.zeros(turns)
+    check = manipulation_check(Bootstrap([str(i) for i in range(turns)]), base + 0.1, base)
+    assert check.passed is passed and check.lift is not None and check.lift.n == turns
+    assert passed or f"{turns} social turns are too few" in check.words
+
+
 def test_clopper_pearson() -> None:
     got = binomial(3, 40)
     assert got.low == pytest.approx(beta.ppf(0.025, 3, 38)) and got.high == pytest.approx(beta.ppf(0.975, 4, 37))

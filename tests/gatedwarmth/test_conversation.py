@@ -131,3 +131,8 @@ def test_window_drops_the_oldest_turns(model: GatedWarmthModel) -> None:
 def test_empty_turn_is_refused(model: GatedWarmthModel, text: str) -> None:
     with pytest.raises(ConversationError, match="empty"):
         Conversation(model).say(text, {"warmth": 1.0})
+
+
+def test_a_text_in_place_of_messages_is_refused(model: GatedWarmthModel) -> None:
+    with pytest.raises(ConversationError, match="list of messages"):
+        model.chat("hi", gates={"warmth": 1.0})  # type: ignore[arg-type]
