@@ -38,7 +38,7 @@ def logits_of(model, ids, gates, steps=9):
     return torch.stack(out.logits), seen
 
 
-# in bfloat16 the base without its traits is 5e-2 away, so 8e-3 tells merged from not
+# in bfloat16 the base without its traits is 5e-2 away, so 8e-3 tells whether the traits are in
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
 def test_equals_the_gated_layers_and_restores_every_bit(ids, dtype, close):
     model, plain = model_of(dtype), model_of(dtype, merge=False)
